@@ -1,0 +1,267 @@
+"""Lazy tensors: recipes that know their dtype and shape, and compute any tile of their content on demand.
+
+Every weight in a graph is a :class:`LazyTensor`. It is stored (or would be) as ``batch`` matrices of ``rows`` x ``cols``
+in C order; :meth:`LazyTensor.tile` computes one rectangle of one of those matrices. The combinators below (transpose,
+stack, concatenate, ...) only translate tile coordinates, so a 2 TB model is planned without reading a byte, and is written
+tile by tile in bounded memory.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+# How much of a tensor is computed at a time when it is written: large enough for good I/O, small enough that a handful of
+# float32 temporaries of a tile stay far below any memory limit.
+TILE_ELEMENTS = 1 << 22
+
+_UNPACKED_UINT8 = {ir.DataType.INT4, ir.DataType.UINT4}
+
+
+class LazyTensor(ir.TensorProtocol):
+    """A tensor whose content is computed tile by tile; usable wherever onnx_ir takes a tensor.
+
+    Args:
+        dtype: Element type. 4-bit types are one element per array item in memory and are packed by :meth:`tobytes`.
+        shape: The shape that the ONNX graph sees.
+        matrix: ``(batch, rows, cols)`` of the tiling; default: the last two axes of ``shape``. The product must be the
+            tensor's size, and C order of both must agree.
+        name: Set by the graph that uses it.
+    """
+
+    def __init__(
+        self,
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        matrix: tuple[int, int, int] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.name = name
+        self.doc_string: str | None = None
+        self.dtype = dtype
+        self.shape = ir.Shape(shape)
+        self.dims: tuple[int, ...] = tuple(shape)
+        self.matrix = matrix if matrix is not None else matrix_of(shape)
+        if math.prod(self.matrix) != math.prod(self.dims):
+            raise ValueError(f"{name}: tiling {self.matrix} does not cover shape {self.dims}")
+        self._metadata_props: dict[str, str] = {}
+        self._meta: dict[str, Any] = {}
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[str, ...]:
+        """Names of the checkpoint tensors it is computed from."""
+
+    @abstractmethod
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        """Compute ``matrix[batch][rows, cols]``; slices have explicit bounds and step 1.
+
+        Returns:
+            A 2-D array of the numpy type of ``dtype``; may be a read-only view.
+        """
+
+    # --- onnx_ir's tensor protocol -------------------------------------------------------------------------------
+
+    @property
+    def raw(self) -> LazyTensor:
+        return self
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def nbytes(self) -> int:
+        return math.ceil(self.dtype.itemsize * self.size)
+
+    @property
+    def metadata_props(self) -> dict[str, str]:
+        return self._metadata_props
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self._meta
+
+    def numpy(self) -> np.ndarray:
+        """The whole tensor, shaped; only for tensors known to be small, and for tests."""
+        batch, rows, cols = self.matrix
+        whole = [self.tile(b, slice(0, rows), slice(0, cols)) for b in range(batch)]
+        return np.stack(whole).reshape(self.dims) if whole else np.empty(self.dims, self.dtype.numpy())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.numpy().__dlpack__(stream=stream)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.numpy().__dlpack_device__()
+
+    def tobytes(self) -> bytes:
+        return b"".join(data for _, data in self.chunks())
+
+    def chunks(self, elements: int = TILE_ELEMENTS) -> Iterator[tuple[int, bytes]]:
+        """Yield ``(byte offset, bytes)`` in storage order (little-endian; 4-bit types packed low nibble first).
+
+        Args:
+            elements: About how many elements to compute at a time. One row is the least.
+        """
+        batch, rows, cols = self.matrix
+        if self.dtype in _UNPACKED_UINT8 and cols % 2:
+            yield 0, pack_nibbles(self.numpy().reshape(-1))  # rows share bytes, so they cannot be written apart
+            return
+        step = max(1, min(rows, elements // max(cols, 1)))
+        row_bytes = int(cols * self.dtype.itemsize)
+        for b in range(batch):
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                data = self.tile(b, slice(start, stop), slice(0, cols))
+                yield (b * rows + start) * row_bytes, array_bytes(data, self.dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}<{self.dtype},{list(self.dims)}>({self.name})"
+
+
+def matrix_of(shape: Sequence[int]) -> tuple[int, int, int]:
+    """The ``(batch, rows, cols)`` of a shape: its last two axes, the others flattened into ``batch``."""
+    if len(shape) < 2:
+        return (1, 1, math.prod(shape))
+    return (math.prod(shape[:-2]), shape[-2], shape[-1])
+
+
+def array_bytes(array: np.ndarray, dtype: ir.DataType) -> bytes:
+    """The storage bytes of an array: little-endian, 4-bit types packed two to a byte."""
+    if dtype in _UNPACKED_UINT8:
+        return pack_nibbles(array.reshape(-1))
+    return np.ascontiguousarray(array).tobytes()
+
+
+def pack_nibbles(flat: np.ndarray) -> bytes:
+    """Pack 4-bit elements, the first in the low nibble (ONNX spec, "4 bit types"); an odd tail is padded with zero."""
+    nibbles = flat.astype(np.int8).view(np.uint8) & 0x0F
+    if nibbles.size % 2:
+        nibbles = np.append(nibbles, np.uint8(0))
+    return (nibbles[0::2] | (nibbles[1::2] << 4)).tobytes()
+
+
+class Constant(LazyTensor):
+    """A small array that is already in memory."""
+
+    def __init__(self, array: np.ndarray, name: str | None = None) -> None:
+        super().__init__(ir.DataType.from_numpy(array.dtype), array.shape, name=name)
+        self._array = array.reshape(self.matrix)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ()
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self._array[batch, rows, cols]
+
+
+class Derived(LazyTensor):
+    """A lazy tensor computed from other lazy tensors, its ``parts``."""
+
+    def __init__(
+        self,
+        parts: Sequence[LazyTensor],
+        dtype: ir.DataType,
+        shape: Sequence[int],
+        matrix: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__(dtype, shape, matrix)
+        self.parts = tuple(parts)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.sources))
+
+
+class Transposed(Derived):
+    """Last two axes swapped."""
+
+    def __init__(self, part: LazyTensor) -> None:
+        *lead, rows, cols = part.dims
+        super().__init__([part], part.dtype, [*lead, cols, rows])
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self.parts[0].tile(batch, cols, rows).T
+
+
+class Reshaped(Derived):
+    """The same bytes under another shape."""
+
+    def __init__(self, part: LazyTensor, shape: Sequence[int]) -> None:
+        super().__init__([part], part.dtype, shape, part.matrix)
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self.parts[0].tile(batch, rows, cols)
+
+
+class Stacked(Derived):
+    """Equal matrices stacked on a new first axis (experts of one layer)."""
+
+    def __init__(self, parts: Sequence[LazyTensor]) -> None:
+        first = parts[0]
+        super().__init__(parts, first.dtype, [len(parts), *first.dims])
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self.parts[batch].tile(0, rows, cols)
+
+
+class SideBySide(Derived):
+    """Matrices of equal height joined along the last axis (gate and up)."""
+
+    def __init__(self, parts: Sequence[LazyTensor]) -> None:
+        first = parts[0]
+        super().__init__(parts, first.dtype, [*first.dims[:-1], sum(p.dims[-1] for p in parts)])
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        pieces, begin = [], 0
+        for part in self.parts:
+            width = part.dims[-1]
+            start, stop = max(cols.start - begin, 0), min(cols.stop - begin, width)
+            if start < stop:
+                pieces.append(part.tile(batch, rows, slice(start, stop)))
+            begin += width
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+
+
+class InterleavedHalves(Derived):
+    """Rows of the first and second half taken in turn: [g0, g1, u0, u1] becomes [g0, u0, g1, u1] (ONNX Runtime's SwiGLU)."""
+
+    def __init__(self, part: LazyTensor) -> None:
+        super().__init__([part], part.dtype, part.dims)
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        half = self.matrix[1] // 2
+        first, last = rows.start // 2, (rows.stop + 1) // 2
+        gate = self.parts[0].tile(batch, slice(first, last), cols)
+        up = self.parts[0].tile(batch, slice(half + first, half + last), cols)
+        both = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
+        return both[rows.start - 2 * first : rows.stop - 2 * first]
+
+
+class Mapped(Derived):
+    """An elementwise function of one tensor: same tiling, perhaps another dtype."""
+
+    def __init__(self, part: LazyTensor, function: Callable[[np.ndarray], np.ndarray], dtype: ir.DataType) -> None:
+        super().__init__([part], dtype, part.dims, part.matrix)
+        self._function = function
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self._function(self.parts[0].tile(batch, rows, cols))
+
+
+def cast(part: LazyTensor, dtype: ir.DataType) -> LazyTensor:
+    """``part`` in another element type (round to nearest even); ``part`` itself where nothing changes."""
+    if part.dtype == dtype:
+        return part
+    target = dtype.numpy()
+    return Mapped(part, lambda tile: tile.astype(target), dtype)

@@ -1,0 +1,47 @@
+"""The errors a user can cause or meet, one class a kind of failure.
+
+Every one is shown as a single line (``message``) and an optional ``hint`` that says what to do; the class decides the
+process's exit code (docs/DESIGN: 0 done, 1 internal, 2 usage, 3 bad input, 4 check failed, 5 backend missing).
+"""
+
+from __future__ import annotations
+
+
+class L4Error(Exception):
+    """Base of all errors that are reported without a traceback.
+
+    Args:
+        message: One line: which file, which tensor, what is wrong.
+        hint: One line: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(L4Error):
+    """Options that contradict each other or name something that does not exist."""
+
+    exit_code = 2
+
+
+class InputError(L4Error):
+    """A checkpoint, artifact, recipe, policy or text that cannot be used as it is."""
+
+    exit_code = 3
+
+
+class CheckFailed(L4Error):
+    """A parity or integrity check that ran and did not hold."""
+
+    exit_code = 4
+
+
+class BackendMissing(L4Error):
+    """An optional package is not installed; the message is the exact install command."""
+
+    exit_code = 5
