@@ -1,0 +1,41 @@
+"""Checkpoints that several test modules read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import MAVERICK, write_random_checkpoint
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def scout_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, every layer MoE, QK norm, scaled RoPE, top-1; chunks of 8."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("scout_layout"))
+
+
+@pytest.fixture(scope="session")
+def maverick_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, every second layer MoE, no QK norm, unscaled RoPE, top-1; chunks of 8."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("maverick_layout"), **MAVERICK)
+
+
+@pytest.fixture(scope="session")
+def nano() -> Path:
+    """The trained nano Scout of examples/01."""
+    path = REPO / "examples" / "01_convert_nano_scout" / "checkpoint"
+    if not path.is_dir():
+        pytest.skip(f"{path.relative_to(REPO)} is absent; make it with {path.parent.name}/train.py")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_scout() -> Path:
+    """The trained 16.5 M parameter Scout that lies beside the repository on some machines."""
+    path = REPO.parent / "shared" / "checkpoints" / "tiny-scout"
+    if not path.is_dir():
+        pytest.skip("../shared/checkpoints/tiny-scout is absent")
+    return path
