@@ -1,0 +1,42 @@
+# `make help` lists the targets. Everything is installed into $(VENV), and only when pyproject.toml or constraints.txt changed.
+VENV   ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS := dev,reference,interop
+
+.PHONY: help venv test lint format demo clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## Create the environment: the package (editable), its reference and its tools, at pinned versions
+
+# torch goes in first and alone: its pin is what keeps the resolver from looking at other, far larger builds.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+test: $(STAMP) ## Run the tests (ARGS="-k name" passes options to pytest)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Rewrite the sources to the project's format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+demo: $(STAMP) ## Convert the bundled model to INT4 and FP8, validate both, generate text
+	$(BIN)/python examples/01_convert_nano_scout/run.py
+
+clean: ## Remove caches, build products and the environment
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/*/out
