@@ -194,6 +194,11 @@ class Transposed(Derived):
         return self.parts[0].tile(batch, cols, rows).T
 
 
+def transposed(part: LazyTensor) -> LazyTensor:
+    """``part`` with its last two axes swapped; swapping twice gives the original back."""
+    return part.parts[0] if isinstance(part, Transposed) else Transposed(part)
+
+
 class Reshaped(Derived):
     """The same bytes under another shape."""
 

@@ -1,0 +1,232 @@
+"""The text decoder as plain ONNX, straight from the config: no tracing, no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import onnx_ir as ir
+
+from l4convert.checkpoint.config import DecoderConfig, LayerConfig
+from l4convert.checkpoint.lazy import LazyTensor, transposed
+from l4convert.errors import InputError
+from l4convert.frontend.builder import Builder
+from l4convert.frontend.rope import rotary_tables
+from l4convert.plugins.long_context_attention import definition as attention
+from l4convert.plugins.long_context_attention.definition import AttentionSpec, KvCache
+from l4convert.plugins.moe import definition as moe
+
+OPSET = 23
+IR_VERSION = 11  # of opset 23 (onnx/onnx docs/Versioning.md); newer ones are refused by runtimes that could run the graph
+# A rotary table of a RoPE layer that is not chunked has a row for every position; beyond this it would outweigh a layer.
+MAX_ROTARY_ROWS = 1 << 18
+
+Experts = Literal["stacked", "unfused"]
+
+
+def build_decoder(
+    config: DecoderConfig, tensors: Mapping[str, LazyTensor], experts: Experts, kv_cache: KvCache
+) -> ir.Model:
+    """Build the canonical graph: standard ONNX ops only, inputs and outputs as DESIGN section 5 says.
+
+    Args:
+        config: The model's hyperparameters.
+        tensors: Canonical names (those of transformers' ``Llama4ForCausalLM``) to lazy tensors.
+        experts: Whether ``tensors`` holds stacked experts or one matrix each.
+        kv_cache: The form of the cache.
+
+    Raises:
+        InputError: A layer layout that the graph cannot express.
+    """
+    return _Decoder(config, tensors, experts, kv_cache).model()
+
+
+class _Decoder:
+    def __init__(
+        self, config: DecoderConfig, tensors: Mapping[str, LazyTensor], experts: Experts, kv_cache: KvCache
+    ) -> None:
+        self.config = config
+        self.tensors = tensors
+        self.experts = experts
+        self.kv_cache: KvCache = kv_cache
+        self.b = Builder()
+        self.initializers: dict[str, ir.Value] = {}
+        self.inputs = [
+            _value("input_ids", ir.DataType.INT64, ["batch", "sequence"]),
+            _value("attention_mask", ir.DataType.INT64, ["batch", "total_sequence"]),
+        ]
+        self.outputs: list[ir.Value] = []
+
+    def model(self) -> ir.Model:
+        config, b = self.config, self.b
+        input_ids, attention_mask = self.inputs
+        positions = token_positions(b, attention_mask)
+        table = self.weight("model.embed_tokens.weight")
+        hidden = self.widen(b.op("Gather", table, input_ids, axis=0, name="embed_tokens"), table)
+        for number, layer in enumerate(config.layers):
+            with b.scope(f"layers.{number}"):
+                hidden = self.layer(number, layer, hidden, positions)
+        hidden = self.norm("model.norm.weight", hidden)
+        logits = _named(b.op("MatMul", hidden, self.head(), name="lm_head"), "logits", ["batch", "sequence", config.vocab_size])
+        graph = ir.Graph(
+            self.inputs,
+            [logits, *self.outputs],
+            nodes=b.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET},
+            name="llama4",
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="l4convert")
+
+    def layer(self, number: int, layer: LayerConfig, hidden: ir.Value, positions: ir.Value) -> ir.Value:
+        b, prefix = self.b, f"model.layers.{number}"
+        normed = self.norm(f"{prefix}.input_layernorm.weight", hidden)
+        with b.scope("self_attn"):
+            hidden = b.op("Add", hidden, self.attention(number, layer, normed, positions), name="residual")
+        normed = self.norm(f"{prefix}.post_attention_layernorm.weight", hidden)
+        with b.scope("feed_forward"):
+            block = self.experts_block if layer.moe else self.dense_block
+            return b.op("Add", hidden, block(f"{prefix}.feed_forward", normed), name="residual")
+
+    def attention(self, number: int, layer: LayerConfig, hidden: ir.Value, positions: ir.Value) -> ir.Value:
+        prefix = f"model.layers.{number}.self_attn"
+        spec = attention_spec(self.config, layer, self.kv_cache)
+        query, key, value = (self.linear(f"{prefix}.{p}_proj", hidden) for p in "qkv")
+        past_key, past_value = self.cache_inputs(number, layer)
+        cos, sin = self.rotary(number, layer)
+        inputs = attention.Inputs(query, key, value, past_key, past_value, positions, cos, sin)
+        merged, present_key, present_value = attention.build(self.b, spec, inputs)
+        for name, present in (("key", present_key), ("value", present_value)):
+            self.outputs.append(_named(present, f"present.{number}.{name}", self.cache_shape("present_sequence", layer)))
+        return self.linear(f"{prefix}.o_proj", merged)
+
+    def cache_inputs(self, number: int, layer: LayerConfig) -> list[ir.Value]:
+        shape = self.cache_shape("past_sequence", layer)
+        names = (f"past_key_values.{number}.{name}" for name in ("key", "value"))
+        values = [_value(name, ir.DataType.FLOAT, shape) for name in names]
+        self.inputs += values
+        return values
+
+    def cache_shape(self, length: str, layer: LayerConfig) -> list[str | int]:
+        """Caches that may differ in length need dimension names of their own, or a runtime would hold them equal."""
+        if self.kv_cache == "static":
+            length = "max_sequence"  # one name for past and present: they may be one buffer
+        if self.kv_cache != "growing" and layer.chunked:
+            length = f"chunked_{length}"
+        return ["batch", self.config.num_key_value_heads, length, self.config.head_dim]
+
+    def rotary(self, number: int, layer: LayerConfig) -> tuple[ir.Value | None, ir.Value | None]:
+        if not layer.rope:
+            return None, None
+        rows = self.config.attention_chunk_size if layer.chunked else self.config.max_position_embeddings
+        if not layer.chunked and rows > MAX_ROTARY_ROWS:
+            raise InputError(
+                f"config.json: layer {number} has RoPE over full attention with {rows} positions, more than"
+                f" {MAX_ROTARY_ROWS}",
+                "Llama 4 rotates chunked layers only; lower max_position_embeddings to what the layer needs",
+            )
+        names = (f"rotary_{rows}.cos", f"rotary_{rows}.sin")
+        if names[0] not in self.initializers:
+            for name, table in zip(names, rotary_tables(self.config, rows), strict=True):
+                self.initializers[name] = _initializer(name, ir.tensor(table, name=name))
+        return self.initializers[names[0]], self.initializers[names[1]]
+
+    def experts_block(self, prefix: str, hidden: ir.Value) -> ir.Value:
+        config, b = self.config, self.b
+        tokens = b.reshape(hidden, [-1, config.hidden_size])
+        logits = b.op("MatMul", tokens, self.matrix(f"{prefix}.router.weight"), name="router")
+        spec = moe.MoESpec(
+            config.num_local_experts, config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+        )
+        with b.scope("experts"):
+            if self.experts == "stacked":
+                weights = [self.wide_weight(f"{prefix}.experts.{n}_proj") for n in ("gate_up", "down")]
+                routed = moe.build(b, spec, moe.Inputs(tokens, logits, *weights))
+            else:
+                routed = moe.build_unfused(b, spec, tokens, logits, list(self.unfused(f"{prefix}.experts")))
+        shared = self.swiglu(f"{prefix}.shared_expert", hidden)
+        return b.op("Add", shared, b.op("Reshape", routed, b.op("Shape", hidden)))
+
+    def unfused(self, prefix: str) -> Iterator[moe.Expert]:
+        for number in range(self.config.num_local_experts):
+            yield moe.Expert(*(self.matrix(f"{prefix}.{number}.{n}_proj.weight") for n in ("gate", "up", "down")))
+
+    def dense_block(self, prefix: str, hidden: ir.Value) -> ir.Value:
+        return self.swiglu(prefix, hidden)
+
+    def swiglu(self, prefix: str, hidden: ir.Value) -> ir.Value:
+        gate, up = (self.linear(f"{prefix}.{n}_proj", hidden) for n in ("gate", "up"))
+        return self.linear(f"{prefix}.down_proj", moe.swiglu(self.b, gate, up))
+
+    def linear(self, prefix: str, hidden: ir.Value) -> ir.Value:
+        """``hidden @ weight.T + bias``, the bias where the checkpoint has one."""
+        product = self.b.op("MatMul", hidden, self.matrix(f"{prefix}.weight"), name=prefix.rpartition(".")[2])
+        bias = f"{prefix}.bias"
+        return self.b.op("Add", product, self.wide_weight(bias)) if bias in self.tensors else product
+
+    def norm(self, name: str, hidden: ir.Value) -> ir.Value:
+        scale = self.wide_weight(name)
+        epsilon = self.config.rms_norm_eps
+        return self.b.op("RMSNormalization", hidden, scale, axis=-1, epsilon=epsilon, name=name.split(".")[-2])
+
+    def head(self) -> ir.Value:
+        if not self.config.tie_word_embeddings:
+            return self.matrix("lm_head.weight")
+        return self.b.op("Transpose", self.wide_weight("model.embed_tokens.weight"), perm=[1, 0])
+
+    def matrix(self, name: str) -> ir.Value:
+        """A weight of ``torch.nn.Linear``, [out,in], as MatMul takes it: [in,out]."""
+        if name not in self.initializers:
+            self.initializers[name] = _initializer(name, transposed(self.tensors[name]))
+        return self.widen(self.initializers[name], self.initializers[name])
+
+    def weight(self, name: str) -> ir.Value:
+        if name not in self.initializers:
+            self.initializers[name] = _initializer(name, self.tensors[name])
+        return self.initializers[name]
+
+    def wide_weight(self, name: str) -> ir.Value:
+        return self.widen(self.weight(name), self.weight(name))
+
+    def widen(self, value: ir.Value, weight: ir.Value) -> ir.Value:
+        """To float32, in which the graph computes: weights stay in the checkpoint's dtype on disk."""
+        if weight.dtype == ir.DataType.FLOAT:
+            return value
+        return self.b.op("Cast", value, to=int(ir.DataType.FLOAT), name=f"{value.name}/cast")
+
+
+def attention_spec(config: DecoderConfig, layer: LayerConfig, kv_cache: KvCache) -> AttentionSpec:
+    """The attributes of one layer's attention."""
+    tuned = config.attn_temperature_tuning and not layer.rope
+    return AttentionSpec(
+        num_heads=config.num_attention_heads,
+        kv_num_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        chunk_size=config.attention_chunk_size if layer.chunked else 0,
+        rope=layer.rope,
+        qk_norm_eps=config.rms_norm_eps if config.use_qk_norm and layer.rope else 0.0,
+        floor_scale=float(config.floor_scale) if tuned else 1.0,
+        attn_scale=config.attn_scale if tuned else 0.0,
+        kv_cache=kv_cache,
+    )
+
+
+def token_positions(b: Builder, attention_mask: ir.Value) -> ir.Value:
+    """Position of every token in its own sequence, [B,T]: padding, on whichever side, has none and gets -1."""
+    real = b.op("Greater", attention_mask, b.constant(0))
+    count = b.op("CumSum", b.op("Cast", real, to=int(ir.DataType.INT64)), b.constant(1))
+    return b.op("Where", real, b.op("Sub", count, b.constant(1)), b.constant(-1), name="positions")
+
+
+def _value(name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def _named(value: ir.Value, name: str, shape: list[str | int]) -> ir.Value:
+    value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    return value
+
+
+def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    tensor.name = name
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)

@@ -1,0 +1,1 @@
+"""``l4convert::LongContextAttention``: Llama 4's attention of one layer, KV cache included."""

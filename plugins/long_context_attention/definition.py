@@ -1,0 +1,156 @@
+"""The definition of ``l4convert::LongContextAttention`` as plain ONNX: the frontend writes it, passes match it.
+
+Inputs (B sequences, S new tokens, T tokens seen by the attention mask, D = head_dim, Hq and Hk heads):
+    query [B,S,Hq*D], key and value [B,S,Hk*D]: projections, not yet rotated.
+    past_key, past_value [B,Hk,P,D]: the cache before the call, in the form ``spec.kv_cache``.
+    positions [B,T] int64: each token's position in its sequence, counted from 0; -1 is padding. The last S are new.
+    cos, sin [rows, D/2]: rotary tables; RoPE layers only.
+Outputs: attention [B,S,Hq*D], present_key, present_value [B,Hk,P',D].
+
+Query position p sees key position k when k <= p and, in a chunked layer, floor(k/C) == floor(p/C). In a chunked layer
+``p mod C`` stands for p in the rotation: a score depends on the difference of two positions of one chunk only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from l4convert.frontend.builder import Builder
+from l4convert.plugins.long_context_attention import kv_cache
+
+DOMAIN = "l4convert"
+OP_TYPE = "LongContextAttention"
+KvCache = Literal["growing", "windowed", "static"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The attributes of the op.
+
+    Attributes:
+        num_heads, kv_num_heads, head_dim: Hq, Hk and D.
+        chunk_size: C, or 0 for a global layer.
+        rope: Whether query and key are rotated (interleaved pairs).
+        qk_norm_eps: Epsilon of the weightless RMS norm over D, or 0 for none.
+        floor_scale, attn_scale: Temperature tuning of the query; attn_scale 0 for none.
+        kv_cache: The form of the cache (DESIGN section 5).
+    """
+
+    num_heads: int
+    kv_num_heads: int
+    head_dim: int
+    chunk_size: int
+    rope: bool
+    qk_norm_eps: float
+    floor_scale: float
+    attn_scale: float
+    kv_cache: KvCache
+
+    @property
+    def overload(self) -> str:
+        """Names the function among the variants of the op; layers of one kind share one function."""
+        reach = f"chunked{self.chunk_size}" if self.chunk_size else "global"
+        return "_".join([reach, "rope" if self.rope else "nope", self.kv_cache])
+
+    @property
+    def scale(self) -> float:
+        """Of the scores: 1/sqrt(D)."""
+        return float(self.head_dim**-0.5)
+
+
+class Inputs(NamedTuple):
+    """The op's inputs in order; ``cos`` and ``sin`` are None on layers without RoPE."""
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    past_key: ir.Value
+    past_value: ir.Value
+    positions: ir.Value
+    cos: ir.Value | None
+    sin: ir.Value | None
+
+
+class Heads(NamedTuple):
+    """New tokens, ready for scoring: query [B,S,Hq,D], key and value [B,S,Hk,D], their positions [B,S]."""
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    positions: ir.Value
+
+
+def build(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Append the op as plain ONNX nodes; returns (attention, present_key, present_value)."""
+    heads = prepare_heads(b, spec, inputs)
+    new_key = b.op("Transpose", heads.key, perm=[0, 2, 1, 3])
+    new_value = b.op("Transpose", heads.value, perm=[0, 2, 1, 3])
+    cache = kv_cache.FORMS[spec.kv_cache](
+        b, spec.chunk_size, new_key, new_value, inputs.past_key, inputs.past_value, inputs.positions, heads.positions
+    )
+    mask = visibility(b, spec, heads.positions, cache.positions)
+    query = b.op("Transpose", heads.query, perm=[0, 2, 1, 3])
+    attention = b.op(
+        "Attention", query, cache.key, cache.value, b.op("Unsqueeze", mask, b.constant([1])), scale=spec.scale
+    )
+    merged = b.reshape(b.op("Transpose", attention, perm=[0, 2, 1, 3]), [0, 0, -1])
+    return merged, cache.present_key, cache.present_value
+
+
+def prepare_heads(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Heads:
+    """Split into heads and apply RoPE, QK norm and temperature, as transformers' ``Llama4TextAttention.forward`` does."""
+    new_tokens = b.op("Neg", b.dim(inputs.query, 1))
+    positions = b.slice(inputs.positions, new_tokens, None, axis=1)
+    query, key = inputs.query, inputs.key
+    if spec.rope:
+        row = b.op("Max", positions, b.constant(0))  # padding has position -1, which no table has
+        if spec.chunk_size:
+            row = b.op("Mod", row, b.constant(spec.chunk_size))
+        # Rows are gathered here: given the whole table, ONNX Runtime refuses calls longer than it has rows.
+        cos, sin = (b.op("Gather", table, row, axis=0) for table in (inputs.cos, inputs.sin))
+        query = b.op("RotaryEmbedding", query, cos, sin, interleaved=1, num_heads=spec.num_heads)
+        key = b.op("RotaryEmbedding", key, cos, sin, interleaved=1, num_heads=spec.kv_num_heads)
+    query = b.reshape(query, [0, 0, spec.num_heads, spec.head_dim])
+    key = b.reshape(key, [0, 0, spec.kv_num_heads, spec.head_dim])
+    value = b.reshape(inputs.value, [0, 0, spec.kv_num_heads, spec.head_dim])
+    if spec.qk_norm_eps:
+        ones = b.constant(np.ones(spec.head_dim), np.float32)
+        query = b.op("RMSNormalization", query, ones, axis=-1, epsilon=spec.qk_norm_eps)
+        key = b.op("RMSNormalization", key, ones, axis=-1, epsilon=spec.qk_norm_eps)
+    if spec.attn_scale:
+        query = b.op("Mul", query, temperature(b, spec, positions))
+    return Heads(query, key, value, positions)
+
+
+def temperature(b: Builder, spec: AttentionSpec, positions: ir.Value) -> ir.Value:
+    """``1 + attn_scale * ln(1 + floor((p+1) / floor_scale))`` for positions [B,S], shaped [B,S,1,1].
+
+    Source: transformers ``modeling_llama4.py``, after arXiv:2501.19399. The quotient is taken in float32 as there.
+    """
+    count = b.op("Cast", b.op("Add", positions, b.constant(1)), to=int(ir.DataType.FLOAT))
+    steps = b.op("Floor", b.op("Div", count, b.constant(spec.floor_scale, np.float32)))
+    log = b.op("Log", b.op("Add", steps, b.constant(1.0, np.float32)))
+    scale = b.op("Add", b.op("Mul", log, b.constant(spec.attn_scale, np.float32)), b.constant(1.0, np.float32))
+    return b.op("Unsqueeze", scale, b.constant([2, 3]))
+
+
+def visibility(b: Builder, spec: AttentionSpec, query_positions: ir.Value, key_positions: ir.Value) -> ir.Value:
+    """Which keys each query sees: bool [B,S,K].
+
+    A token sees tokens of its own segment at or before its own position. Real tokens of one chunk are one segment (of
+    one sequence, in a global layer). Padding (-1) is a segment of its own, so a padded row is never empty and stays
+    finite, and unwritten slots of a static cache (below -1) are one that no query is in.
+    """
+    query = b.op("Unsqueeze", query_positions, b.constant([2]))
+    key = b.op("Unsqueeze", key_positions, b.constant([1]))
+    causal = b.op("LessOrEqual", key, query)
+    if spec.chunk_size:
+        size = b.constant(spec.chunk_size)  # position + C keeps the truncating division a floor
+        segments = [b.op("Div", b.op("Add", x, size), size) for x in (key, query)]
+    else:
+        segments = [b.op("Min", x, b.constant(0)) for x in (key, query)]
+    return b.op("And", causal, b.op("Equal", *segments))

@@ -1,0 +1,1 @@
+"""``l4convert::MoE``: Llama 4's routed experts of one layer."""
