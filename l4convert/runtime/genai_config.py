@@ -5,12 +5,12 @@ github.com/microsoft/onnxruntime-genai; the format is described at https://onnxr
 
 How that client calls the decoder, as observed and as its sources say:
 
-- Prompts of a batch are padded on the right with ``pad_token_id`` (``src/models/model.cpp``, ``PadInputs``), and every pad
-  token at the end of a prompt gets mask 0 (``src/models/position_inputs.cpp``). A decode step appends a column of ones, so
-  later masks have zeros in the middle: positions must be counted from the mask, as our graph does.
-- ``attention_mask`` is [B, past+S] with both kinds of cache. ``position_ids`` are given only to graphs that ask for them.
-- A growing cache has the whole past on every layer, from length 0, and each ``present`` is allocated [B, heads, past+S, D]
-  beforehand. A shared buffer is zeroed, and bound as past and present at once (``src/models/kv_cache.cpp``).
+- Prompts of a batch are padded on the right with ``pad_token_id`` (``src/models/model.cpp``, ``PadInputs``), and every
+  pad token at the end of a prompt gets mask 0 (``src/models/position_inputs.cpp``). A decode step appends a column of
+  ones, so later masks have zeros in the middle: positions must be counted from the mask, as our graph does.
+- ``attention_mask`` is [B, past+S] with both kinds of cache. ``position_ids`` are given only to graphs that want them.
+- A growing cache has the whole past on every layer, from length 0, and each ``present`` is allocated beforehand,
+  [B, heads, past+S, D]. A shared buffer is zeroed, and bound as past and present at once (``src/models/kv_cache.cpp``).
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def genai_config(
 ) -> dict[str, Any]:
     """Return the content of ``genai_config.json`` for an artifact.
 
-    ``search.chunk_size`` is left out on purpose. With it GenAI cuts the flattened [B*S] prompt (``src/models/decoder_only.cpp``,
-    ``RunWithChunking``), which mixes up the sequences of any batch longer than it, silently. Our graph takes a prompt of any
-    length in one call; to bound memory on one long prompt, a caller can set ``chunk_size`` through ``set_search_options``.
+    ``search.chunk_size`` is left out on purpose. With it GenAI cuts the flattened [B*S] prompt into pieces
+    (``src/models/decoder_only.cpp``, ``RunWithChunking``), which silently mixes up the sequences of any batch with more
+    tokens than that. Our graph takes a prompt of any length in one call. To bound memory on one long prompt, a caller
+    can set ``chunk_size`` through ``set_search_options``.
 
     Args:
         config: The decoder.
@@ -96,10 +97,10 @@ def _decoder(config: DecoderConfig) -> dict[str, Any]:
 def _chunked_layer_buffers(config: DecoderConfig) -> dict[str, Any]:
     """Give chunked layers buffers of exactly ``attention_chunk_size`` slots, and the other layers ``max_length``.
 
-    GenAI allocates ``window_size + max(cache_slack, chunk_size - 1)`` slots for the listed layers, where a slack of 0 means 16
-    (``src/models/windowed_kv_cache.cpp``, ``ComputeWindowedKvCacheSize``), hence C - 1 and 1. It then also refuses to rewind
-    a sequence longer than the buffer, as it must: the slots of earlier chunks have been overwritten. The two ``slide``
-    switches would have it move keys and prompt tokens by itself.
+    GenAI allocates ``window_size + max(cache_slack, chunk_size - 1)`` slots for the listed layers, where a slack of 0
+    means 16 (``src/models/windowed_kv_cache.cpp``, ``ComputeWindowedKvCacheSize``); hence C - 1 and 1. It then also
+    refuses to rewind a sequence longer than the buffer, as it must: the slots of earlier chunks have been overwritten.
+    The two ``slide`` switches would have it move keys and prompt tokens by itself.
     """
     chunked = [i for i, layer in enumerate(config.layers) if layer.chunked]
     size = config.attention_chunk_size
@@ -119,8 +120,8 @@ def _chunked_layer_buffers(config: DecoderConfig) -> dict[str, Any]:
 def _static_length(config: DecoderConfig) -> int:
     """Default length, in tokens, of the buffers that GenAI allocates before the first token.
 
-    The whole context of Scout would take a terabyte; four chunks (32,768 tokens) take 6 GB in float32. A caller raises it
-    with ``set_search_options(max_length=...)``, up to the context length.
+    The whole context of Scout would take a terabyte; four chunks (32,768 tokens) take 6 GB in float32. A caller raises
+    it with ``set_search_options(max_length=...)``, up to the context length.
     """
     return min(config.max_position_embeddings, max(4 * config.attention_chunk_size, 4096))
 
@@ -128,8 +129,9 @@ def _static_length(config: DecoderConfig) -> int:
 def _token_ids(config: DecoderConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``bos_token_id``, ``eos_token_id`` (a list; GenAI stops at any) and ``pad_token_id``, where they exist.
 
-    GenAI reads the logits of the last token that is not ``pad_token_id``, even of a single prompt (``src/models/logits.cpp``),
-    and takes an absent id for 0, an ordinary token. So a pad id is always written: the end of sequence where there is none.
+    GenAI reads the logits of the last token that is not ``pad_token_id``, even of a single prompt
+    (``src/models/logits.cpp``), and takes an absent id for 0, an ordinary token. So a pad id is always written: an end
+    of sequence where the model has none.
     """
     bos = given.get("bos_token_id", config.bos_token_id)
     eos = _as_tuple(given.get("eos_token_id")) or config.eos_token_ids
