@@ -74,7 +74,7 @@ def write_random_checkpoint(
 
     Args:
         path: Folder to make.
-        unfused: ``experts.{e}.{gate,up,down}_proj.weight`` [out, in] for the stacked ``gate_up_proj`` and ``down_proj``.
+        unfused: ``experts.{e}.{gate,up,down}_proj.weight`` [out, in] for the stacked projections.
         shards: Number of files; more than one: with an index.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         conditional: As ``Llama4ForConditionalGeneration`` saves it, vision tensors included.
@@ -91,7 +91,8 @@ def write_random_checkpoint(
     # Text before vision, so that both kinds of checkpoint draw the same text weights.
     names = sorted(shapes, key=lambda name: (name.startswith(("vision_model.", "multi_modal")), name))
     tensors = {
-        name: _random(name, shapes[name], text["initializer_range"], generator).to(getattr(torch, dtype)) for name in names
+        name: _random(name, shapes[name], text["initializer_range"], generator).to(getattr(torch, dtype))
+        for name in names
     }
     if text.get("tie_word_embeddings"):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("lm_head.weight")}
@@ -109,13 +110,15 @@ def _describe(overrides: Mapping[str, Any], conditional: bool) -> tuple[dict[str
     from transformers import Llama4Config, Llama4ForCausalLM, Llama4ForConditionalGeneration, Llama4TextConfig
 
     text = Llama4TextConfig(**{**SMALL, **overrides})
-    config = (
-        Llama4Config(text_config=text.to_dict(), vision_config=dict(VISION), image_token_index=3) if conditional else text
-    )
-    kind = Llama4ForConditionalGeneration if conditional else Llama4ForCausalLM
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}
-    return text.to_dict(), {**config.to_dict(), "architectures": [kind.__name__]}, shapes
+        model: Any
+        if conditional:
+            whole = Llama4Config(text_config=text.to_dict(), vision_config=dict(VISION), image_token_index=3)
+            model = Llama4ForConditionalGeneration(whole)
+        else:
+            model = Llama4ForCausalLM(text)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return text.to_dict(), {**model.config.to_dict(), "architectures": [type(model).__name__]}, shapes
 
 
 def _random(name: str, shape: tuple[int, ...], std: float, generator: Any) -> Any:
@@ -135,7 +138,9 @@ def unfuse(tensors: Mapping[str, Any]) -> dict[str, Any]:
             split[name] = tensor
             continue
         for expert, matrix in enumerate(tensor):
-            parts = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2, dim=-1))) if kind == "gate_up_proj" else {kind: matrix}
+            parts = {kind: matrix}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2, dim=-1), strict=True))
             for part, weight in parts.items():
                 split[f"{stem}.{expert}.{part}.weight"] = weight.T.contiguous()
     return split

@@ -1,0 +1,53 @@
+"""What every checkpoint format is read into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from l4convert.checkpoint.config import DecoderConfig
+from l4convert.checkpoint.lazy import LazyTensor
+
+Experts = Literal["stacked", "unfused"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose names, shapes and dtypes were all checked and of which no weight was read yet.
+
+    Attributes:
+        path: The folder it lies in.
+        format: Name of the row of ``FORMATS`` that read it.
+        config: The text decoder's hyperparameters.
+        tensors: Canonical name (see :mod:`l4convert.checkpoint.names`) to tensor (BF16, F16 or F32), in model order.
+        experts: ``stacked``: one [E, in, out] tensor a projection; ``unfused``: one [out, in] weight an expert.
+        sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
+        files: Every file that decides the result (config, index, weights), for digests.
+    """
+
+    path: Path
+    format: str
+    config: DecoderConfig
+    tensors: Mapping[str, LazyTensor]
+    experts: Experts
+    sidecars: tuple[Path, ...]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table of formats.
+
+    Attributes:
+        name: Short name, shown by ``inspect``.
+        detect: Whether a folder looks like this format; reads file names only, never raises.
+        open: Reads and checks everything but the weights themselves.
+        looks_like: What ``detect`` looks for, in words, for the message when no format fits.
+    """
+
+    name: str
+    detect: Callable[[Path], bool]
+    open: Callable[[Path], Checkpoint]
+    looks_like: str

@@ -1,0 +1,193 @@
+"""Reading safetensors files strictly and lazily.
+
+The layout (https://github.com/huggingface/safetensors, "Format"): the header's length as a little-endian 64-bit integer,
+the header (JSON: tensor name to dtype, shape and the byte range of its data), then the data, tensor after tensor without
+gaps. Every byte range is checked against the file before anything is mapped, so a wrong or hostile header cannot make a
+later read leave the file.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.text import parse_object, quote, require_file, show
+from l4convert.errors import InputError
+
+# The reference implementation's own limit (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
+MAX_HEADER_BYTES = 100_000_000
+MAX_RANK = 8
+MAX_DIM = 2**62
+# Each mapping holds a file descriptor; systems commonly allow 1024 of them, and large models have hundreds of shards.
+MAX_OPEN_FILES = 64
+LFS_POINTER = b"version https://git-lfs"
+
+DTYPES: Mapping[str, ir.DataType] = {
+    "BF16": ir.DataType.BFLOAT16,
+    "F16": ir.DataType.FLOAT16,
+    "F32": ir.DataType.FLOAT,
+    "F64": ir.DataType.DOUBLE,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "F8_E5M2": ir.DataType.FLOAT8E5M2,
+    "I8": ir.DataType.INT8,
+    "I16": ir.DataType.INT16,
+    "I32": ir.DataType.INT32,
+    "I64": ir.DataType.INT64,
+    "U8": ir.DataType.UINT8,
+    "U16": ir.DataType.UINT16,
+    "U32": ir.DataType.UINT32,
+    "U64": ir.DataType.UINT64,
+    "BOOL": ir.DataType.BOOL,
+}
+SAFETENSORS_NAMES: Mapping[ir.DataType, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _FileState:
+    """A file as it was when its header was read; a mapping made later must find the same one."""
+
+    path: str
+    size: int
+    modified_ns: int
+
+
+class Stored(LazyTensor):
+    """A tensor in a safetensors file; tiles are read-only views of the memory-mapped file (possibly unaligned).
+
+    Attributes:
+        file: The file.
+        offset: Where its data begins, in bytes from the beginning of the file.
+        key: Its name in the file.
+    """
+
+    def __init__(self, state: _FileState, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int) -> None:
+        super().__init__(dtype, shape, name=key)
+        self.file = Path(state.path)
+        self.key = key
+        self.offset = offset
+        self._state = state
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        if not self.size:
+            return np.empty(self.matrix, self.dtype.numpy())[batch, rows, cols]
+        whole: np.ndarray = np.ndarray(self.matrix, self.dtype.numpy(), buffer=_mapped(self._state), offset=self.offset)
+        return whole[batch, rows, cols]
+
+
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    """Read a file's header.
+
+    Returns:
+        The tensors by name, in the order of their data.
+
+    Raises:
+        InputError: The file is not exactly one well-formed safetensors file.
+    """
+    require_file(path, "download the checkpoint again, or finish the download")
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            length, header = _read_header(path, file.read(8), file, status.st_size)
+    except OSError as error:
+        raise InputError(f"{show(path)}: cannot be read: {show(error.strerror)}") from error
+    state = _FileState(str(path), status.st_size, status.st_mtime_ns)
+    data = 8 + length
+    entries = [_entry(path, name, fields) for name, fields in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    _check_coverage(path, entries, status.st_size - data)
+    return {entry.name: Stored(state, entry.name, entry.dtype, entry.shape, data + entry.begin) for entry in entries}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a header; ``begin`` and ``end`` are bytes from the beginning of the data."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _read_header(path: Path, prefix: bytes, file: Any, size: int) -> tuple[int, dict[str, Any]]:
+    where = show(path)
+    if len(prefix) < 8:
+        raise InputError(f"{where}: not a safetensors file: {len(prefix)} bytes", "finish the download")
+    if LFS_POINTER.startswith(prefix):
+        raise InputError(f"{where}: a Git LFS pointer, not the weights", "run `git lfs pull` in the checkpoint folder")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise InputError(f"{where}: not a safetensors file: its header would be {length:,} bytes long")
+    if 8 + length > size:
+        missing = 8 + length - size
+        raise InputError(f"{where}: truncated inside the header, {missing:,} bytes missing", "download it again")
+    return length, parse_object(file.read(length), f"{where}: safetensors header")
+
+
+def _entry(path: Path, name: str, fields: Any) -> _Entry:
+    where = f"{show(path)}: tensor '{show(name)}'"
+    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
+        raise InputError(f"{where}: its header entry lacks dtype, shape or data_offsets")
+    dtype = DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    if dtype is None:
+        raise InputError(f"{where}: unknown dtype {quote(fields['dtype'])}", f"known: {', '.join(DTYPES)}")
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not _naturals(shape) or len(shape) > MAX_RANK:
+        raise InputError(f"{where}: shape {quote(shape)} is not a list of at most {MAX_RANK} sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputError(f"{where}: data_offsets {quote(offsets)} are not a begin and an end")
+    expected = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != expected:
+        found = offsets[1] - offsets[0]
+        raise InputError(
+            f"{where}: {fields['dtype']} {show(shape)} takes {expected:,} bytes, data_offsets give {found:,}"
+        )
+    return _Entry(name, dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_DIM for value in values)
+
+
+def _check_coverage(path: Path, entries: list[_Entry], size: int) -> None:
+    """The entries, in order of their data, must cover ``size`` bytes with neither gap nor overlap."""
+    end = max((entry.end for entry in entries), default=0)
+    if end > size:
+        broken = next(entry for entry in entries if entry.end > size)
+        what = f"truncated, {end - size:,} bytes missing; tensor '{show(broken.name)}' is the first that is cut"
+        raise InputError(f"{show(path)}: {what}", "download it again")
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            fault = "overlaps the tensor before it" if entry.begin < position else "leaves unused bytes before it"
+            raise InputError(f"{show(path)}: tensor '{show(entry.name)}' {fault} (at byte {entry.begin:,} of the data)")
+        position = entry.end
+    if position < size:
+        raise InputError(f"{show(path)}: {size - position:,} bytes after the last tensor belong to none")
+
+
+@lru_cache(maxsize=MAX_OPEN_FILES)
+def _mapped(state: _FileState) -> mmap.mmap:
+    """The file's bytes, read-only. A mapping dropped from the cache lives on as long as an array looks into it."""
+    try:
+        with open(state.path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime_ns) != (state.size, state.modified_ns):
+                raise InputError(f"{show(state.path)}: changed since it was opened", "start again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError(f"{show(state.path)}: cannot be read: {show(error.strerror)}") from error

@@ -1,0 +1,113 @@
+"""Small readers for files that nobody vouches for: JSON with limits, and names made safe for a one-line message."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from l4convert.errors import InputError
+
+SHOWN_CHARACTERS = 160
+
+_QUOTER = reprlib.Repr()
+_QUOTER.maxstring = _QUOTER.maxother = SHOWN_CHARACTERS
+_QUOTER.maxlist, _QUOTER.maxdict, _QUOTER.maxlevel = 8, 2, 2
+
+
+def show(text: object) -> str:
+    """A name from a file as it may appear in a message: on one line, printable, not too long."""
+    shown = str(text)
+    if not shown.isprintable():
+        shown = ascii(shown)
+    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 3]}..."
+
+
+def quote(value: object) -> str:
+    """A JSON value as it may appear in a message: like ``repr``, but short however long or deep the value is."""
+    return _QUOTER.repr(value)
+
+
+def and_more(count: int) -> str:
+    """`` (and 3 more)`` for the findings that a one-line message leaves out."""
+    return f" (and {count} more)" if count > 0 else ""
+
+
+def require_file(path: Path, hint: str | None = None) -> int:
+    """The size in bytes of a regular file (a link to one will do).
+
+    Raises:
+        InputError: It is absent, a dangling link, or something that cannot be read as a file.
+    """
+    try:
+        if path.is_file():
+            return path.stat().st_size
+        dangling, present = path.is_symlink() and not path.exists(), path.exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{show(path)}: cannot be read: {show(error)}") from error
+    reason = "is a link to a file that does not exist" if dangling else "is not a file" if present else "no such file"
+    raise InputError(f"{show(path)}: {reason}", hint)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        InputError: It cannot be read, or is larger than ``limit`` bytes.
+    """
+    size = require_file(path)
+    if size > limit:
+        raise InputError(f"{show(path)}: {size:,} bytes, more than the {limit:,} that such a file can sensibly have")
+    try:
+        with path.open("rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise InputError(f"{show(path)}: cannot be read: {show(error.strerror)}") from error
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        data: UTF-8 text.
+        what: How a message names it, such as the file's path.
+
+    Raises:
+        InputError: Not UTF-8, not JSON, not an object, nested too deeply, or with a key that occurs twice in an object
+            (readers differ in which one they take).
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except _DuplicateKeyError as error:
+        raise InputError(f"{what}: key '{show(error)}' occurs twice in one object") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what}: not UTF-8 text (byte {error.start})") from error
+    except RecursionError as error:
+        raise InputError(f"{what}: not usable JSON: nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"{what}: not valid JSON: {show(error)}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what}: a JSON object was expected, not {json_type(value)}")
+    return value
+
+
+def json_type(value: object) -> str:
+    """JSON's word for the type of a parsed value."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "a boolean"
+    names = {int: "an integer", float: "a number", str: "a string", list: "an array", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+class _DuplicateKeyError(ValueError):
+    """A key that occurs twice in one JSON object; the argument is the key."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKeyError(key)
+        result[key] = value
+    return result
