@@ -1,0 +1,24 @@
+"""Run an artifact: sessions with their key/value caches, sampling, the tokenizer and text generation."""
+
+from l4convert.runtime.generate import eos_token_ids, generate, generate_text
+from l4convert.runtime.manifest import ArtifactInfo, read_artifact
+from l4convert.runtime.runner import Runner, Stream
+from l4convert.runtime.sampling import Sampler, SamplingOptions
+from l4convert.runtime.session import OrtSession, OrtStream
+from l4convert.runtime.tokenizer import TextStream, TextTokenizer
+
+__all__ = [
+    "ArtifactInfo",
+    "OrtSession",
+    "OrtStream",
+    "Runner",
+    "Sampler",
+    "SamplingOptions",
+    "Stream",
+    "TextStream",
+    "TextTokenizer",
+    "eos_token_ids",
+    "generate",
+    "generate_text",
+    "read_artifact",
+]

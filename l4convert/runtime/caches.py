@@ -1,0 +1,118 @@
+"""The three forms of key/value cache an artifact may have, and how each is carried from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from l4convert.checkpoint.config import DecoderConfig
+from l4convert.runtime.manifest import KvCache
+from l4convert.runtime.runner import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class CacheNames:
+    """Graph inputs and outputs of the caches, in one order, and what their shapes have in common.
+
+    Attributes:
+        past: Input names; ``present``: output names, in the same order.
+        slots: Per name, the most slots that are ever in use at once (a chunked layer never looks further back than its
+            chunk); None: every token.
+        heads: Key/value heads; ``head_dim``: their width.
+    """
+
+    past: tuple[str, ...]
+    present: tuple[str, ...]
+    slots: tuple[int | None, ...]
+    heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: DecoderConfig) -> Self:
+        """The names of DESIGN section 5 for a model."""
+        pairs = [(i, kind) for i in range(config.num_hidden_layers) for kind in ("key", "value")]
+        return cls(
+            past=tuple(f"past_key_values.{i}.{kind}" for i, kind in pairs),
+            present=tuple(f"present.{i}.{kind}" for i, kind in pairs),
+            slots=tuple(config.attention_chunk_size if config.layers[i].chunked else None for i, _ in pairs),
+            heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+        )
+
+
+class KvCacheState(Protocol):
+    """The caches of one batch."""
+
+    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+        """Run the graph once, updating the caches.
+
+        Args:
+            feeds: ``input_ids`` [B, S] and ``attention_mask`` [B, columns + S].
+
+        Returns:
+            Logits [B, S, vocabulary].
+        """
+        ...
+
+
+class FedBackCache:
+    """Growing and windowed: what came out as present goes in as past, whatever its length; it starts with length 0."""
+
+    def __init__(self, session: Any, names: CacheNames, batch: int, max_length: int, dtype: np.dtype[Any]) -> None:
+        from onnxruntime import OrtValue
+
+        self._session = session
+        self._names = names
+        empty = np.zeros((batch, names.heads, 0, names.head_dim), dtype)
+        self._past: dict[str, Any] = {name: OrtValue.ortvalue_from_numpy(empty) for name in names.past}
+
+    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+        """Run once; the caches stay in ONNX Runtime's memory and are never copied to numpy."""
+        from onnxruntime import OrtValue
+
+        inputs = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        logits, *present = self._session.run_with_ort_values(["logits", *self._names.present], inputs | self._past)
+        self._past = dict(zip(self._names.past, present, strict=True))
+        return _as_float32(logits)
+
+
+class StaticCache:
+    """Static: buffers made once and bound as past and as present, so that a call updates them in place."""
+
+    def __init__(self, session: Any, names: CacheNames, batch: int, max_length: int, dtype: np.dtype[Any]) -> None:
+        from onnxruntime import OrtValue
+
+        self._session = session
+        self._binding = session.io_binding()
+        self._binding.bind_output("logits", "cpu")  # first, so that it is the first of get_outputs()
+        self._buffers = []
+        for past, present, slots in zip(names.past, names.present, names.slots, strict=True):
+            length = max_length if slots is None else min(slots, max_length)
+            # Zeros, because unused slots are masked by adding to their scores, and garbage may be NaN.
+            buffer = OrtValue.ortvalue_from_numpy(np.zeros((batch, names.heads, length, names.head_dim), dtype))
+            self._binding.bind_ortvalue_input(past, buffer)
+            self._binding.bind_ortvalue_output(present, buffer)
+            self._buffers.append(buffer)
+
+    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+        """Run once, in place."""
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, array)
+        self._binding.bind_output("logits", "cpu")  # anew: its shape differs from call to call
+        self._session.run_with_iobinding(self._binding)
+        return _as_float32(self._binding.get_outputs()[0])
+
+
+def _as_float32(value: Any) -> FloatArray:
+    array: FloatArray = np.asarray(value.numpy(), np.float32)
+    return array
+
+
+CACHE_FORMS: Mapping[KvCache, Callable[[Any, CacheNames, int, int, np.dtype[Any]], KvCacheState]] = {
+    "growing": FedBackCache,
+    "windowed": FedBackCache,
+    "static": StaticCache,
+}

@@ -1,0 +1,90 @@
+"""What the runtime reads from an artifact's manifest, ``l4convert.json``; nothing is guessed from the graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from l4convert.checkpoint.config import DecoderConfig, LayerConfig, RopeScaling
+from l4convert.errors import InputError
+
+MANIFEST_FILE = "l4convert.json"
+MODEL_FILE = "model.onnx"
+SCHEMA = "l4convert.manifest/1"
+
+KvCache = Literal["growing", "static", "windowed"]
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """The part of the manifest that running the model needs.
+
+    Attributes:
+        path: The artifact's folder.
+        recipe: Name of the quantization recipe; ``target``: of the lowering.
+    """
+
+    path: Path
+    kv_cache: KvCache
+    recipe: str
+    target: str
+    config: DecoderConfig
+
+
+def read_artifact(path: Path) -> ArtifactInfo:
+    """Read an artifact's manifest.
+
+    Raises:
+        InputError: The folder is not an artifact, or its manifest is damaged or of another version.
+    """
+    file = path / MANIFEST_FILE
+    manifest = read_json(file, hint=f"An artifact is the folder that `l4convert convert` writes; {path} is none.")
+    if manifest.get("schema") != SCHEMA:
+        raise InputError(f"{file}: schema is {manifest.get('schema')!r}, this version reads {SCHEMA!r}")
+    try:
+        kv_cache, recipe, target = (_name(manifest[key]) for key in ("kv_cache", "recipe", "target"))
+        config = config_from_json(manifest["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: damaged manifest: {error!r}", "Convert the checkpoint again.") from error
+    if kv_cache not in get_args(KvCache):
+        raise InputError(f"{file}: kv_cache is {kv_cache!r}, expected one of {', '.join(get_args(KvCache))}")
+    return ArtifactInfo(path, cast("KvCache", kv_cache), recipe, target, config)
+
+
+def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
+    """Read a file that must hold one JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file", hint) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as JSON: {error}", hint) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: not a JSON object", hint)
+    return content
+
+
+def config_from_json(content: Mapping[str, Any]) -> DecoderConfig:
+    """The inverse of ``dataclasses.asdict`` on a :class:`DecoderConfig` that went through JSON.
+
+    Raises:
+        TypeError, KeyError: A field is missing, unknown, or not an object where one is due.
+    """
+    values = {field.name: content[field.name] for field in fields(DecoderConfig)}
+    values["layers"] = tuple(LayerConfig(**layer) for layer in values["layers"])
+    values["eos_token_ids"] = tuple(int(token) for token in values["eos_token_ids"])
+    if values["rope_scaling"] is not None:
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    return DecoderConfig(**values)
+
+
+def _name(value: object) -> str:
+    """A manifest entry that is a name, or an object with a name."""
+    if isinstance(value, Mapping):
+        value = value["name"]
+    if not isinstance(value, str):
+        raise TypeError(f"expected a name, not {value!r}")
+    return value

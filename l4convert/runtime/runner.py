@@ -1,0 +1,62 @@
+"""Feed tokens, get logits: the interface of our sessions and of the references they are compared with."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class Stream(Protocol):
+    """A batch of sequences that is being fed, call by call; it remembers everything it was given before."""
+
+    def step(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+        """Append tokens to every sequence of the batch.
+
+        Args:
+            input_ids: [B, S], S >= 1.
+            mask: [B, S], 1 for a token and 0 for padding, which may be anywhere; default: all tokens.
+
+        Returns:
+            Logits [B, S, vocabulary]; those at padding mean nothing.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """A model that is ready to run; a context manager, because it may hold gigabytes."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a report."""
+        ...
+
+    def start(self, batch: int) -> Stream:
+        """Begin ``batch`` empty sequences."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def check_step(input_ids: IntArray, mask: IntArray | None, batch: int) -> IntArray:
+    """Check the arguments of :meth:`Stream.step`; these are programming errors, hence ``ValueError``.
+
+    Returns:
+        The mask [B, S] of int64, made up where there was none.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[0] != batch or input_ids.shape[1] < 1:
+        raise ValueError(f"input_ids has shape {input_ids.shape}, expected ({batch}, S) with S >= 1")
+    if mask is None:
+        return np.ones(input_ids.shape, np.int64)
+    if mask.shape != input_ids.shape or not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"mask of shape {mask.shape} is not zeros and ones of shape {input_ids.shape}")
+    return mask.astype(np.int64)

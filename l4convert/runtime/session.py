@@ -1,0 +1,189 @@
+"""Run an artifact with ONNX Runtime on the CPU, through the I/O contract of DESIGN section 5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from l4convert.checkpoint.config import DecoderConfig
+from l4convert.errors import BackendMissing, InputError, UsageError
+from l4convert.runtime.caches import CACHE_FORMS, CacheNames, KvCacheState
+from l4convert.runtime.manifest import MODEL_FILE, ArtifactInfo, read_artifact
+from l4convert.runtime.runner import FloatArray, IntArray, check_step
+
+# How long a stream may become in the static form where the caller does not say: enough for a conversation, and small
+# beside the weights (Scout: 0.8 GB of float32 caches).
+DEFAULT_MAX_LENGTH = 4096
+
+_CACHE_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+
+
+class OrtSession:
+    """A loaded artifact; :meth:`open` makes one, :meth:`start` begins a batch of sequences.
+
+    Attributes:
+        info: The artifact's manifest.
+        max_length: How many tokens (padding included) a stream can take.
+    """
+
+    def __init__(self, info: ArtifactInfo, session: Any, max_length: int) -> None:
+        self.info = info
+        self.max_length = max_length
+        self._session: Any = session
+        self._cache_dtype = _check_contract(info, session)
+
+    @classmethod
+    def open(cls, artifact: Path, *, max_length: int | None = None, threads: int | None = None) -> Self:
+        """Load an artifact.
+
+        Args:
+            artifact: The folder that ``convert`` wrote.
+            max_length: Tokens to make room for in the static form. Default: 4096, or all the model's positions where
+                they are fewer. The other forms grow and take this as a limit only where it is given.
+            threads: Threads for one operator; default: ONNX Runtime's choice.
+
+        Raises:
+            InputError: No artifact, a damaged one, or a graph that does not keep the I/O contract.
+            UsageError: ``max_length`` is not positive or is more than the model's positions.
+            BackendMissing: onnxruntime is not installed.
+        """
+        info = read_artifact(artifact)
+        limit = info.config.max_position_embeddings
+        if max_length is not None and not 0 < max_length <= limit:
+            raise UsageError(f"a maximum length of {max_length} is not between 1 and the model's {limit} positions")
+        default = min(DEFAULT_MAX_LENGTH, limit) if info.kv_cache == "static" else limit
+        return cls(info, _load(artifact / MODEL_FILE, threads), max_length or default)
+
+    @property
+    def name(self) -> str:
+        """The artifact's folder name."""
+        return self.info.path.name
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's hyperparameters."""
+        return self.info.config
+
+    def new_cache(self, batch: int) -> KvCacheState:
+        """Empty key/value caches for ``batch`` sequences, in the artifact's cache form."""
+        names = CacheNames.of(self.config)
+        return CACHE_FORMS[self.info.kv_cache](self._session, names, batch, self.max_length, self._cache_dtype)
+
+    def start(self, batch: int) -> OrtStream:
+        """Begin ``batch`` empty sequences."""
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, expected at least 1")
+        return OrtStream(self, self.new_cache(batch), batch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = None  # the native session unmaps the weights when its last reference goes
+
+
+class OrtStream:
+    """A batch of sequences fed to an :class:`OrtSession`: its caches and its attention mask so far.
+
+    Attributes:
+        mask: [B, columns so far], 1 for a token and 0 for padding.
+    """
+
+    def __init__(self, session: OrtSession, cache: KvCacheState, batch: int) -> None:
+        self._session = session
+        self._cache = cache
+        self.mask: IntArray = np.zeros((batch, 0), np.int64)
+
+    def step(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+        """Append tokens; see :meth:`l4convert.runtime.runner.Stream.step`.
+
+        Raises:
+            InputError: A token outside the vocabulary, or ONNX Runtime failed.
+            UsageError: The stream would become longer than the session's ``max_length``.
+        """
+        new = check_step(input_ids, mask, self.mask.shape[0])
+        self._check_room(input_ids)
+        self.mask = np.concatenate([self.mask, new], axis=1)
+        feeds = {"input_ids": np.ascontiguousarray(input_ids, np.int64), "attention_mask": self.mask}
+        try:
+            logits = self._cache.run(feeds)
+        except Exception as error:  # onnxruntime's exception types are private and differ between versions
+            summary = str(error).strip().splitlines()[0]
+            file = self._session.info.path / MODEL_FILE
+            raise InputError(f"{file}: ONNX Runtime failed: {summary}") from error
+        expected = (*input_ids.shape, self._session.config.vocab_size)
+        if logits.shape != expected:
+            raise InputError(
+                f"{self._session.info.path / MODEL_FILE}: logits have shape {logits.shape}, not {expected}"
+            )
+        return logits
+
+    def _check_room(self, input_ids: IntArray) -> None:
+        low, high, vocabulary = int(input_ids.min()), int(input_ids.max()), self._session.config.vocab_size
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise InputError(f"token {wrong} is outside the model's vocabulary of {vocabulary}", _VOCABULARY_HINT)
+        length = self.mask.shape[1] + input_ids.shape[1]
+        if length > self._session.max_length:
+            raise UsageError(
+                f"the text needs {length} positions and the session has {self._session.max_length}",
+                f"Open it with a larger maximum length; the model has {self._session.config.max_position_embeddings}.",
+            )
+
+
+_VOCABULARY_HINT = "The artifact's tokenizer.json belongs to another model."
+
+
+def _load(model: Path, threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendMissing("pip install 'l4convert[cpu]'", "ONNX Runtime runs the artifact.") from error
+    if not model.is_file():
+        raise InputError(f"{model}: no such file", "Convert the checkpoint again.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors become exceptions; warnings about placement are noise
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        summary = str(error).strip().splitlines()[0]
+        hint = "`l4convert verify` tells whether the artifact is whole; `l4convert doctor` which ONNX Runtime is here."
+        raise InputError(f"{model}: ONNX Runtime cannot load it: {summary}", hint) from error
+
+
+def _check_contract(info: ArtifactInfo, session: Any) -> np.dtype[Any]:
+    """Compare the graph's inputs and outputs with the contract; give the element type of the caches."""
+    file, names = info.path / MODEL_FILE, CacheNames.of(info.config)
+    inputs = {value.name: value for value in session.get_inputs()}
+    expected = {"input_ids", "attention_mask", *names.past}
+    _check_names(file, "input", set(inputs), expected)
+    _check_names(file, "output", {value.name for value in session.get_outputs()}, {"logits", *names.present})
+    for name in names.past:
+        heads, width = inputs[name].shape[1], inputs[name].shape[3]
+        if (heads, width) != (names.heads, names.head_dim):
+            raise InputError(
+                f"{file}: input {name} has {heads} heads of {width}, "
+                f"the manifest says {names.heads} of {names.head_dim}"
+            )
+    types = {inputs[name].type for name in names.past}
+    if len(types) != 1 or not types <= _CACHE_DTYPES.keys():
+        raise InputError(f"{file}: caches of type {', '.join(sorted(types))}, expected float or float16 throughout")
+    return _CACHE_DTYPES[types.pop()]
+
+
+def _check_names(file: Path, kind: str, found: set[str], expected: set[str]) -> None:
+    for problem, names in (("misses", expected - found), ("has an unexpected", found - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            hint = "Was it written by another program, or for another model than its manifest says?"
+            raise InputError(f"{file}: the graph {problem} {kind} {min(names)}{more}", hint)

@@ -1,0 +1,130 @@
+"""Text to tokens and back, by the artifact's ``tokenizer.json``: the tokens that transformers' AutoTokenizer gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l4convert.errors import InputError
+from l4convert.runtime.manifest import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextTokenizer:
+    """A checkpoint's tokenizer.
+
+    Attributes:
+        prefix_ids: What it puts before a text (usually the beginning-of-text token, or nothing); ``suffix_ids``: after.
+    """
+
+    def __init__(self, backend: Tokenizer, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> None:
+        self._backend = backend
+        self.prefix_ids = tuple(prefix_ids)
+        self.suffix_ids = tuple(suffix_ids)
+
+    @classmethod
+    def open(cls, folder: Path) -> TextTokenizer:
+        """Load ``tokenizer.json`` and ``tokenizer_config.json`` from an artifact or checkpoint.
+
+        Raises:
+            InputError: The file is absent or damaged.
+        """
+        from tokenizers import Tokenizer
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            hint = "Copy the checkpoint's tokenizer.json beside the model, or work with token ids."
+            raise InputError(f"{file}: no such file", hint)
+        try:
+            backend = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{file}: not a tokenizer: {error}") from error
+        backend.no_truncation()  # some training scripts save a limit, and dropping text silently is never right
+        backend.no_padding()
+        config_file = folder / "tokenizer_config.json"
+        config = read_json(config_file) if config_file.is_file() else {}
+        return cls(backend, *_special_ids(backend, config, file))
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written in it become special tokens.
+
+        Args:
+            text: Any text.
+            special: Put ``prefix_ids`` before and ``suffix_ids`` after.
+        """
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if special else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def stream(self) -> TextStream:
+        """A decoder for tokens that come one at a time."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Turns tokens into text as they come; a character whose bytes are spread over tokens comes out once, whole.
+
+    Llama 4's tokenizer is byte-level: a token is a string of bytes whatever its neighbours are, so after a complete
+    character everything decoded so far can be forgotten. A decoder shows the incomplete tail as one U+FFFD, which is
+    therefore held back until it is complete, turns out to be invalid, or the text ends.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []
+        self._shown = 0  # characters of the pending tokens' text that were given out
+
+    def push(self, token: int) -> str:
+        """Add a token; give the text that is certain now, often ``""``."""
+        self._pending.append(token)
+        text = self._tokenizer.decode(self._pending)
+        certain = text.removesuffix(REPLACEMENT)
+        piece = certain[self._shown :]
+        self._shown = len(certain)
+        if certain == text:
+            self._pending, self._shown = [], 0
+        return piece
+
+    def finish(self) -> str:
+        """End the text; give what was held back."""
+        piece = self._tokenizer.decode(self._pending)[self._shown :]
+        self._pending, self._shown = [], 0
+        return piece
+
+
+def _special_ids(backend: Tokenizer, config: dict[str, Any], file: Path) -> tuple[list[int], list[int]]:
+    """What goes before and after a text, by transformers' rule (``tokenization_utils_tokenizers.py``, version 5).
+
+    The tokenizer's own post-processor decides, unless there is none or ``tokenizer_config.json`` has ``add_bos_token``
+    or ``add_eos_token``, which then decide alone.
+    """
+    if backend.post_processor is None or config.keys() & {"add_bos_token", "add_eos_token"}:
+        before, after = (
+            [_token_id(backend, config[name], file)] if config.get(f"add_{name}") and config.get(name) else []
+            for name in ("bos_token", "eos_token")
+        )
+        return before, after
+    probe = "a"
+    bare = backend.encode(probe, add_special_tokens=False).ids
+    dressed = backend.encode(probe).ids
+    start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), None)
+    if start is None:
+        raise InputError(f"{file}: its post-processor changes tokens of the text, which no Llama 4 tokenizer does")
+    return dressed[:start], dressed[start + len(bare) :]
+
+
+def _token_id(backend: Tokenizer, token: object, file: Path) -> int:
+    text = token.get("content") if isinstance(token, dict) else token
+    number = backend.token_to_id(str(text))
+    if number is None:
+        raise InputError(f"{file}: has no token {text!r}, which tokenizer_config.json names")
+    return int(number)
