@@ -1,0 +1,7 @@
+"""Write models as artifacts (graph, weights, manifest), and check them."""
+
+from l4convert.emit.manifest import read_manifest, source_digests
+from l4convert.emit.verify import VerifyReport, verify_artifact
+from l4convert.emit.write import write_artifact
+
+__all__ = ["VerifyReport", "read_manifest", "source_digests", "verify_artifact", "write_artifact"]

@@ -1,0 +1,152 @@
+"""l4convert.json: what an artifact is made of and where it came from.
+
+The file is canonical (one exact text for one content) and ends with a SHA-256 of itself, so that damage to any byte of
+an artifact shows. It holds no time, host name or path: two runs on the same input give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from l4convert import __version__
+from l4convert.emit.digest import file_digest
+from l4convert.emit.staging import MANIFEST_FILE, reported
+from l4convert.errors import InputError
+from l4convert.progress import NO_PROGRESS, Progress
+
+SCHEMA = "l4convert.manifest/1"
+LIBRARIES = ("ml_dtypes", "numpy", "onnx", "onnx_ir", "safetensors")
+MAX_MANIFEST_BYTES = 1 << 28
+# Files up to this size are digested whole: configs, indices, tokenizers.
+WHOLE_BYTES = 1 << 26
+_TAIL_BYTES = 1 << 20
+_RESERVED = {"schema", "tool", "libraries", "tensors", "files", "sha256"}
+
+
+def build_manifest(
+    fields: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The manifest's content, without its own digest.
+
+    Args:
+        fields: What the caller knows: source, recipe, target, kv_cache, passes, config ... (JSON types).
+        tensors: Name to dtype, shape, nbytes and sha256, of every tensor in the weights file.
+        files: Name to bytes and sha256, of every file but the manifest.
+    """
+    if taken := _RESERVED & fields.keys():
+        raise ValueError(f"manifest fields {sorted(taken)} are written by build_manifest itself")
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "l4convert", "version": __version__},
+        "libraries": {name: version(name) for name in LIBRARIES},
+        **fields,
+        "tensors": dict(tensors),
+        "files": dict(sorted(files.items())),
+    }
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The canonical bytes of a manifest; a digest of everything before it becomes the last field, ``sha256``."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(_canonical(content)).hexdigest()
+    return _canonical({**content, "sha256": digest})
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of an artifact folder.
+
+    Raises:
+        InputError: ``out`` is not an artifact, its manifest is damaged, or a newer version of this tool wrote it.
+    """
+    path = out / MANIFEST_FILE
+    hint = "an artifact is the output folder of `l4convert convert`"
+    with reported(f"{path}: cannot be read"):
+        if not path.is_file():
+            raise InputError(f"{out}: is not an l4convert artifact (no {MANIFEST_FILE})", hint=hint)
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise InputError(f"{path}: is larger than any manifest ({MAX_MANIFEST_BYTES} bytes)", hint=hint)
+        data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: is not valid JSON", hint="the file is damaged: convert again") from None
+    if not isinstance(manifest, dict) or not isinstance(schema := manifest.get("schema"), str):
+        raise InputError(f"{path}: is not an l4convert manifest", hint=hint)
+    if schema != SCHEMA:
+        raise InputError(f"{path}: has schema {schema[:80]!r}; this version reads {SCHEMA!r}", hint="update l4convert")
+    return manifest
+
+
+def is_canonical(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the file holds exactly what :func:`encode_manifest` writes for its content, its digest included."""
+    try:
+        return path.read_bytes() == encode_manifest(manifest)
+    except (ValueError, RecursionError):  # NaN, lone surrogates, deep nesting: not written by this tool
+        return False
+
+
+def source_digests(files: Sequence[Path], progress: Progress = NO_PROGRESS) -> dict[str, dict[str, Any]]:
+    """Identify the files of a checkpoint without reading hundreds of gigabytes.
+
+    Files up to 64 MiB (configs, indices, tokenizers) are hashed whole. Of a larger safetensors shard the size and the
+    SHA-256 of its header are recorded, of any other larger file the size and the SHA-256 of its last MiB, where the
+    zip containers of torch.save keep a CRC-32 of every member. So another layout, dtype or sharding is noticed; a
+    change of a large shard's weight bytes alone is not. Hashing everything would take longer than the conversion.
+
+    Returns:
+        Path relative to the files' common folder -> ``bytes`` and one of ``sha256``, ``header_sha256``,
+        ``tail_sha256``.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    if not files:
+        return {}
+    root = os.path.commonpath([path.parent for path in files])
+    digests = {}
+    with progress.task("Identifying the source", total=len(files), unit="files") as task:
+        for path in sorted(files):
+            with reported(f"{path}: cannot be read"):
+                digests[path.relative_to(root).as_posix()] = _source_digest(path)
+            task.advance(1)
+    return digests
+
+
+def _source_digest(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return {"bytes": size, "sha256": file_digest(path)[1]}
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            prefix = file.read(8)
+            text = file.read(min(int.from_bytes(prefix, "little"), WHOLE_BYTES))
+            return {"bytes": size, "header_sha256": hashlib.sha256(prefix + text).hexdigest()}
+        file.seek(size - _TAIL_BYTES)
+        return {"bytes": size, "tail_sha256": hashlib.sha256(file.read()).hexdigest()}
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    """One line a field, and one a tensor or file within ``tensors`` and ``files``, so that diffs are readable."""
+    lines = []
+    for key, value in content.items():
+        if key in {"tensors", "files"} and isinstance(value, dict) and value:
+            lines.append(
+                f"{_json(key)}: {{\n  {_joined((f'{_json(k)}: {_json(v)}' for k, v in value.items()), '  ')}\n }}"
+            )
+        else:
+            lines.append(f"{_json(key)}: {_json(value)}")
+    return f"{{\n {_joined(lines, ' ')}\n}}\n".encode()
+
+
+def _joined(lines: Iterable[str], indent: str) -> str:
+    return f",\n{indent}".join(lines)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

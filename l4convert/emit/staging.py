@@ -1,0 +1,194 @@
+"""Atomic output folders: everything is written beside the destination and renamed into place when it is whole.
+
+Beside ``OUT`` lives, while a run lasts, one folder::
+
+    .OUT.partial/lock       held with flock by the running process; its text says which
+    .OUT.partial/artifact   what becomes OUT
+    .OUT.partial/old        what was OUT, between the two renames of an overwriting run
+
+A killed run leaves that folder and nothing else; the next run on the same output clears it, first putting ``old`` back
+if the kill fell between the two renames.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from l4convert.errors import InputError, UsageError
+
+MANIFEST_FILE = "l4convert.json"
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A locked place to write to. ``folder`` becomes ``out`` when :meth:`publish` is called."""
+
+    room: Path
+    folder: Path
+    out: Path
+
+    def publish(self) -> None:
+        """Put the folder in place, after it and its files have reached the disk.
+
+        Raises:
+            OSError: The rename failed; ``out`` is then as it was before.
+        """
+        for path in sorted(self.folder.iterdir()):
+            sync(path)
+        sync(self.folder)
+        old = self.room / "old"
+        replaces = self.out.exists()
+        if replaces:
+            self.out.rename(old)
+        try:
+            self.folder.rename(self.out)
+        except OSError:
+            if replaces:
+                old.rename(self.out)
+            raise
+        sync(self.out.parent)
+        if replaces:
+            shutil.rmtree(old)
+
+
+def check_destination(out: Path, overwrite: bool, keep_clear_of: Sequence[Path] = ()) -> None:
+    """Refuse destinations that would destroy or mix with something else. ``out`` must be absolute, without links.
+
+    Raises:
+        UsageError: ``out`` exists (without ``overwrite``, or it is no artifact), is a mount point, or it and one of the
+            folders ``keep_clear_of`` lie inside each other.
+    """
+    for folder in (Path(os.path.realpath(path)) for path in keep_clear_of):
+        if out.is_relative_to(folder) or folder.is_relative_to(out):
+            raise UsageError(f"{out}: the output folder must not be, lie in or contain the checkpoint {folder}")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UsageError(f"{out}: exists already", hint="choose another output folder, or pass --overwrite")
+    if not out.is_dir():
+        raise UsageError(f"{out}: is a file; an artifact is a folder")
+    if not (out / MANIFEST_FILE).is_file() and any(out.iterdir()):
+        raise UsageError(
+            f"{out}: is not replaced, because it holds something else than an l4convert artifact (no {MANIFEST_FILE})",
+            hint="choose another output folder, or empty this one yourself",
+        )
+    if os.path.ismount(out):
+        raise UsageError(f"{out}: is a mount point, which cannot be replaced", hint=f"choose {out / 'artifact'}")
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool) -> Iterator[Staging]:
+    """Lock ``out`` and give an empty folder to fill; what was not published when the context ends is removed.
+
+    Raises:
+        UsageError: Another process is writing the same output, or ``out`` appeared meanwhile.
+        InputError: The parent folder cannot be written to.
+    """
+    room = out.parent / f".{out.name}.partial"
+    with reported(f"{room}: cannot be created"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(room, out)
+    try:
+        with reported(f"{room}: what a killed run left cannot be removed"):
+            _recover(room, out)
+        check_destination(out, overwrite)
+        folder = room / "artifact"
+        with reported(f"{folder}: cannot be created"):
+            folder.mkdir()
+        yield Staging(room, folder, out)
+    finally:
+        shutil.rmtree(room / "artifact", ignore_errors=True)
+        (room / "lock").unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+        if not (room / "old").exists():
+            shutil.rmtree(room, ignore_errors=True)
+        os.close(lock)
+
+
+def check_free_disk(folder: Path, needed: int) -> None:
+    """Refuse to start what cannot be finished.
+
+    Raises:
+        InputError: The filesystem of ``folder`` has fewer than ``needed`` bytes free for this user.
+    """
+    with reported(f"{folder}: free space cannot be read"):
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder.parent.parent}: {needed} bytes are needed, {free} are free: {needed - free} too few",
+            hint="free some disk space, or write to another filesystem",
+        )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Turn any OSError of the block into an InputError that begins with ``what``."""
+    try:
+        yield
+    except OSError as error:
+        raise os_error(what, error) from error
+
+
+def os_error(what: str, error: OSError) -> InputError:
+    """One line for an OSError, with a hint where its kind has a usual remedy."""
+    hints = {
+        errno.ENOSPC: "free some disk space, or write to another filesystem",
+        errno.EDQUOT: "free some of your disk quota, or write to another filesystem",
+        errno.EACCES: "check the permissions of the folder",
+        errno.EROFS: "the filesystem is read-only: choose another output folder",
+        errno.EIO: "the disk reports an error: check it before trying again",
+    }
+    return InputError(f"{what}: {error.strerror or error}", hint=hints.get(error.errno or 0))
+
+
+def _lock(room: Path, out: Path) -> int:
+    """Open and lock ``room/lock``, making both; the lock lasts until the descriptor is closed or the process dies."""
+    if room.is_symlink():
+        raise UsageError(f"{room}: is a symbolic link; remove it")
+    path = room / "lock"
+    while True:
+        try:
+            room.mkdir(exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:
+            continue  # another process finished and removed the room in between
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return descriptor
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise UsageError(f"{out}: is being written by {holder}", hint="wait for it, or end it") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _recover(room: Path, out: Path) -> None:
+    """Clear what a killed run left; an artifact that it was replacing goes back if nothing took its place yet."""
+    old = room / "old"
+    if old.exists() and not out.exists():
+        old.rename(out)
+    for stale in (old, room / "artifact"):
+        if stale.exists():
+            shutil.rmtree(stale)

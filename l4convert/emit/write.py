@@ -1,0 +1,142 @@
+"""Write an artifact: plan, check, fill the weights, then everything around them, then one rename."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from l4convert.emit.digest import BLOCK_BYTES, file_digest
+from l4convert.emit.fill import check_finite, write_weights
+from l4convert.emit.manifest import build_manifest, encode_manifest
+from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan, plan_weights
+from l4convert.emit.staging import MANIFEST_FILE, check_destination, check_free_disk, reported, staged
+from l4convert.progress import NO_PROGRESS, Progress
+
+MODEL_FILE = "model.onnx"
+# The manifest's size is not known beforehand; this covers its fields, and a line for each tensor.
+_MANIFEST_BYTES = 1 << 20
+_MANIFEST_LINE_BYTES = 400
+
+
+def write_artifact(
+    model: ir.Model,
+    out: Path,
+    *,
+    sidecars: Sequence[Path] = (),
+    extra_files: Mapping[str, str | bytes] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress = NO_PROGRESS,
+    checkpoint: Path | None = None,
+) -> Path:
+    """Write ``model`` and its weights as a folder that appears whole or not at all.
+
+    Args:
+        model: Its initializers are lazy tensors, or small ones in memory. It is the same afterwards.
+        out: The folder to make; missing parents are made too.
+        sidecars: Files copied into it under their own names (tokenizer, config).
+        extra_files: Name to content of further files; they win over sidecars of the same name.
+        manifest: JSON fields for the manifest, beside those that this function knows (:func:`build_manifest`).
+        overwrite: Replace an artifact, or an empty folder, that is there already.
+        progress: Told of every byte of the weights file.
+        checkpoint: The source folder, outside which ``out`` must lie; default: the sidecars' folders.
+
+    Returns:
+        The absolute path of the artifact.
+
+    Raises:
+        UsageError: ``out`` exists, is no place for an artifact, or another process is writing it.
+        InputError: Too little free disk, an unreadable source, a weight that is NaN or infinite, or a failing disk.
+    """
+    out = Path(os.path.realpath(out))
+    sources = [path.parent for path in sidecars] if checkpoint is None else [checkpoint]
+    with reported(f"{out}: cannot be used"):
+        check_destination(out, overwrite, list(dict.fromkeys(sources)))
+    plan = plan_weights(model)
+    contents = {name: text.encode() if isinstance(text, str) else text for name, text in (extra_files or {}).items()}
+    copies = {path.name: path for path in sidecars if path.name not in contents}
+    _check_names([*contents, *copies])
+    contents[MODEL_FILE] = serialize_model(model, plan)
+    with staged(out, overwrite) as staging:
+        folder = staging.folder
+        check_free_disk(folder, _needed_bytes(plan, contents.values(), copies.values()))
+        weights, tensors = write_weights(folder / WEIGHTS_FILE, plan, progress)
+        files = {WEIGHTS_FILE: weights}
+        files |= {name: _write(folder / name, [content]) for name, content in contents.items()}
+        files |= {name: _write(folder / name, _blocks(source)) for name, source in copies.items()}
+        _write(folder / MANIFEST_FILE, [encode_manifest(build_manifest(manifest or {}, tensors, files))])
+        with reported(f"{out}: cannot be put in place"):
+            staging.publish()
+    return out
+
+
+def serialize_model(model: ir.Model, plan: WeightsPlan) -> bytes:
+    """The bytes of model.onnx: planned initializers refer to the weights file, the others are inline.
+
+    Raises:
+        InputError: An inline weight is NaN or infinite.
+    """
+    with _external(plan):
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    check_finite(value.const_value)
+        return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+@contextmanager
+def _external(plan: WeightsPlan) -> Iterator[None]:
+    """Let every planned initializer refer to the weights file while the context lasts."""
+    for planned in plan.tensors:
+        for value in planned.values:
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS_FILE,
+                planned.offset,
+                planned.nbytes,
+                planned.tensor.dtype,
+                shape=ir.Shape(planned.shape),
+                name=value.name or planned.name,
+            )
+    try:
+        yield
+    finally:
+        for planned in plan.tensors:
+            for value in planned.values:
+                value.const_value = planned.tensor
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if name in {MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE, "", ".", ".."} or "/" in name:
+            raise ValueError(f"{name!r} cannot be the name of a further file of an artifact")
+
+
+def _needed_bytes(plan: WeightsPlan, contents: Iterable[bytes], copies: Iterable[Path]) -> int:
+    tensors = sum(1 for _ in plan.tensors)
+    copied = 0
+    for source in copies:
+        with reported(f"{source}: cannot be read"):
+            copied += source.stat().st_size
+    return plan.total_bytes + sum(map(len, contents)) + copied + _MANIFEST_BYTES + tensors * _MANIFEST_LINE_BYTES
+
+
+def _blocks(source: Path) -> Iterator[bytes]:
+    """The content of a file; a failing source is told apart from a failing destination."""
+    with reported(f"{source}: cannot be read"), source.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def _write(path: Path, blocks: Iterable[bytes]) -> dict[str, Any]:
+    """Write a new file; returns its entry in the manifest."""
+    with reported(f"{path.name}: cannot be written"):
+        with path.open("xb") as file:
+            for block in blocks:
+                file.write(block)
+        size, digest = file_digest(path)
+    return {"bytes": size, "sha256": digest}
