@@ -1,0 +1,62 @@
+"""Graph passes: one file each, and the tables that say which run, in which order."""
+
+from __future__ import annotations
+
+from l4convert.graph_passes import (
+    fuse_experts,
+    inline_functions,
+    lower_attention_to_gqa,
+    lower_matmul_to_nbits,
+    lower_moe_to_qmoe,
+    outline_attention,
+    quantize_weights,
+)
+from l4convert.graph_passes.base import Pass, PassReport
+
+__all__ = ["CANONICAL_PASSES", "LOWERING_PASSES", "PASSES", "Pass", "PassReport"]
+
+#: Run for every target, in this order.
+CANONICAL_PASSES: tuple[Pass, ...] = (
+    Pass(
+        "outline_attention",
+        "each layer's attention becomes one call of l4convert::LongContextAttention",
+        outline_attention.run,
+    ),
+    Pass(
+        "fuse_experts",
+        "routed experts, stacked or one by one, become one call of l4convert::MoE",
+        fuse_experts.run,
+    ),
+    Pass(
+        "quantize_weights",
+        "weights that the recipe names become INT4 or FP8 with DequantizeLinear",
+        quantize_weights.run,
+        exact=False,
+    ),
+)
+
+#: Chosen by targets, in the order that the target lists.
+LOWERING_PASSES: tuple[Pass, ...] = (
+    Pass(
+        "lower_attention_to_gqa",
+        "LongContextAttention becomes ONNX Runtime's GroupQueryAttention, the definition where that does not apply",
+        lower_attention_to_gqa.run,
+    ),
+    Pass(
+        "lower_moe_to_qmoe",
+        "MoE becomes ONNX Runtime's QMoE (INT4 experts) or MoE (any other weights)",
+        lower_moe_to_qmoe.run,
+    ),
+    Pass(
+        "lower_matmul_to_nbits",
+        "MatMul with an INT4 matrix becomes ONNX Runtime's MatMulNBits",
+        lower_matmul_to_nbits.run,
+    ),
+    Pass(
+        "inline_functions",
+        "calls that are left become plain ONNX; repeated subexpressions are shared",
+        inline_functions.run,
+    ),
+)
+
+PASSES: tuple[Pass, ...] = CANONICAL_PASSES + LOWERING_PASSES

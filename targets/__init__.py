@@ -1,0 +1,39 @@
+"""Targets: where an artifact will run, and what the graph is lowered to for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from l4convert.graph_passes import PASSES, Pass
+from l4convert.targets import cpu, portable
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table of targets.
+
+    Attributes:
+        name: As given to ``--target``.
+        summary: One line for ``l4convert targets``.
+        lowering: Passes that run after the canonical ones, in order.
+        kv_caches: Forms of the cache that it can have, the default first.
+    """
+
+    name: str
+    summary: str
+    lowering: tuple[Pass, ...]
+    kv_caches: tuple[str, ...] = ("growing", "static", "windowed")
+
+
+def _passes(names: tuple[str, ...]) -> tuple[Pass, ...]:
+    by_name = {p.name: p for p in PASSES}
+    return tuple(by_name[name] for name in names)
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("cpu", cpu.SUMMARY, _passes(cpu.LOWERING)),
+        Target("portable", portable.SUMMARY, _passes(portable.LOWERING)),
+    )
+}

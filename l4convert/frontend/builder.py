@@ -29,6 +29,11 @@ class Builder:
         self._counts: Counter[str] = Counter()
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
+    @property
+    def prefix(self) -> str:
+        """The scope that new names are in."""
+        return "/".join(self._scopes)
+
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
         """Names inside the ``with`` block get ``name/`` in front."""

@@ -1,0 +1,141 @@
+"""Edits that several passes share: weights, functions, calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.frontend.builder import Builder
+
+Spec = TypeVar("Spec")
+
+
+class Weight(NamedTuple):
+    """Where a float weight comes from: a stored tensor, perhaps through a ``Cast``."""
+
+    name: str
+    tensor: LazyTensor
+    cast: bool
+
+
+class QuantizedWeight(NamedTuple):
+    """A ``DequantizeLinear`` of two stored tensors: values [..,K,N], scales [..,ceil(K/block),N] (or [N])."""
+
+    name: str
+    values: LazyTensor
+    scales: LazyTensor
+    block_size: int
+
+
+def float_weight(value: ir.Value | None) -> Weight | None:
+    """The stored tensor behind a value, or None where it is computed."""
+    source, cast = value, False
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Cast" and node.domain == "":
+        source, cast = node.inputs[0], True
+    if source is None or source.producer() is not None or not isinstance(source.const_value, LazyTensor):
+        return None
+    return Weight(source.name or "", source.const_value, cast)
+
+
+def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
+    """The stored tensors behind a dequantized weight, or None where it is something else."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 2:
+        return None
+    values, scales = (x.const_value if x is not None else None for x in node.inputs)
+    if not isinstance(values, LazyTensor) or not isinstance(scales, LazyTensor):
+        return None
+    block = node.attributes.get_int("block_size", 0)
+    return QuantizedWeight(node.inputs[0].name or "", values, scales, block)  # type: ignore[union-attr]
+
+
+def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a tensor under a name of its own (``name``, or ``name_1``, ...)."""
+    unique, number = name, 0
+    while unique in graph.initializers:
+        number += 1
+        unique = f"{name}_{number}"
+    tensor.name = unique
+    value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    graph.initializers[unique] = value
+    return value
+
+
+def add_function(
+    model: ir.Model, domain: str, op_type: str, spec: Any, inputs: Sequence[ir.Value], body: Builder, outputs: Sequence[ir.Value]
+) -> None:
+    """Add a model-local function whose attributes, with their values, are the fields of ``spec``."""
+    graph = ir.Graph(inputs, outputs, nodes=body.nodes, opset_imports=dict(model.graph.opset_imports), name=op_type)
+    attributes = ir.convenience.convert_attributes(attributes_of(spec))
+    function = ir.Function(domain, op_type, spec.overload, graph=graph, attributes=attributes)
+    model.functions[function.identifier()] = function
+    model.graph.opset_imports.setdefault(domain, 1)
+
+
+def attributes_of(spec: Any) -> dict[str, int | float | str]:
+    """A spec's fields as ONNX attributes; booleans are integers there."""
+    fields = dataclasses.asdict(spec)
+    return {name: int(value) if isinstance(value, bool) else value for name, value in fields.items()}
+
+
+def spec_of(cls: type[Spec], node: ir.Node) -> Spec:
+    """A spec back from a call's attributes."""
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {name: node.attributes[name].value for name in kinds}
+    return cls(**{name: bool(v) if kinds[name] == "bool" else v for name, v in values.items()})
+
+
+def replace_outputs(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:
+    """Let ``new`` stand for ``old`` everywhere, graph outputs included, under the same names."""
+    for before, after in zip(old, new, strict=True):
+        after.name, after.type, after.shape = before.name, before.type, before.shape
+        before.name = f"{before.name}/replaced"
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def insert_before(graph: ir.Graph, anchor: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Put new nodes in front of an existing one."""
+    graph.insert_before(anchor, list(nodes))
+
+
+def clean_up(model: ir.Model) -> None:
+    """Order nodes by their dependencies and drop what nothing uses any more: nodes, weights, functions, opsets."""
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+
+
+def map_weight(
+    b: Builder, graph: ir.Graph, value: ir.Value | None, layout: Callable[[LazyTensor], LazyTensor]
+) -> ir.Value | None:
+    """The same weight with its K axis last and then laid out by ``layout``: float, or still dequantized in the graph.
+
+    Args:
+        b: Receives the ``Cast`` or ``DequantizeLinear`` of the new tensors.
+        graph: Receives the new tensors.
+        value: A weight [..,K,N].
+        layout: Maps a tensor [..,N,*] to another with the same last axis.
+
+    Returns:
+        The new value, or None where ``value`` is not a stored weight.
+    """
+    from l4convert.checkpoint.lazy import transposed
+
+    weight = float_weight(value)
+    if weight is not None:
+        stored = add_initializer(graph, f"{weight.name}_nk", layout(transposed(weight.tensor)))
+        return b.op("Cast", stored, to=int(ir.DataType.FLOAT)) if weight.cast else stored
+    quantized = quantized_weight(value)
+    if quantized is None or len(quantized.scales.dims) != len(quantized.values.dims):
+        return None
+    values = add_initializer(graph, f"{quantized.name}_nk", layout(transposed(quantized.values)))
+    scales = add_initializer(graph, f"{quantized.name}_nk_scale", layout(transposed(quantized.scales)))
+    last = len(quantized.values.dims) - 1
+    return b.op("DequantizeLinear", values, scales, axis=last, block_size=quantized.block_size)

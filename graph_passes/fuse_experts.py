@@ -1,0 +1,149 @@
+"""Fuse experts: routed experts become a call of ``l4convert::MoE`` over stacked weights.
+
+Two forms are known: experts already stacked, and one matrix product for each expert, whose weights are stacked here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from l4convert.checkpoint.lazy import LazyTensor, SideBySide, Stacked
+from l4convert.frontend.builder import Builder
+from l4convert.graph_passes.base import Outcome
+from l4convert.graph_passes.editing import (
+    Weight,
+    add_function,
+    add_initializer,
+    attributes_of,
+    clean_up,
+    float_weight,
+    replace_outputs,
+)
+from l4convert.graph_passes.matching import Match, Mismatch, constant_of
+from l4convert.plugins.moe import definition
+from l4convert.plugins.moe.definition import Expert, Inputs, MoESpec
+from l4convert.quantization.recipe import Recipe
+
+
+class Found(NamedTuple):
+    """One set of experts in the graph: the call's inputs and the value that the call replaces."""
+
+    spec: MoESpec
+    inputs: Inputs
+    output: ir.Value
+
+
+def run(model: ir.Model, recipe: Recipe) -> Outcome:
+    """Try both forms at every ``TopK``."""
+    outcome = Outcome()
+    for node in [n for n in model.graph if n.op_type == "TopK" and n.domain == ""]:
+        try:
+            found = _find(model.graph, node)
+        except Mismatch as reason:
+            outcome.skip(node.name, str(reason))
+            continue
+        call(model, found, (node.name or "").rpartition("/")[0])
+        outcome.fired += 1
+    clean_up(model)
+    return outcome
+
+
+def _find(graph: ir.Graph, top_k: ir.Node) -> Found:
+    k = constant_of(top_k.inputs[1])
+    scores = next((n.outputs[0] for n, i in top_k.outputs[1].uses() if n.op_type == "ScatterElements" and i == 1), None)
+    if k is None or scores is None:
+        raise Mismatch("the chosen logits are not scattered into a table of scores")
+    users = [n for n, _ in scores.uses()]
+    if users and all(n.op_type == "Gather" for n in users):
+        return _unfused(graph, int(k.reshape(-1)[0]), scores, len(users))
+    return _stacked(int(k.reshape(-1)[0]), scores)
+
+
+def _stacked(k: int, scores: ir.Value) -> Found:
+    output = _follow(scores, "ReduceSum", 1)
+    inputs = Inputs(*(ir.Value(name=name) for name in Inputs._fields))
+    match = Match(inputs)
+    match.unify(definition.build(Builder(), MoESpec(0, 0, 0, k), inputs), output)
+    bound = Inputs(*(match[x] for x in inputs))
+    down = float_weight(bound.down)
+    if down is None or len(down.tensor.dims) != 3 or float_weight(bound.gate_up) is None:
+        raise Mismatch("the experts' weights are not stored tensors")
+    experts, width, hidden = down.tensor.dims
+    return Found(MoESpec(experts, hidden, width, k), bound, output)
+
+
+def _unfused(graph: ir.Graph, k: int, scores: ir.Value, count: int) -> Found:
+    output = _follow(scores, "Add", count - 1) if count > 1 else _follow(scores, "MatMul", 2)
+    x, logits = ir.Value(name="x"), ir.Value(name="router_logits")
+    experts = [Expert(*(ir.Value(name=f"{n}_{e}") for n in Expert._fields)) for e in range(count)]
+    match = Match([x, logits, *(w for e in experts for w in e)])
+    pattern = definition.build_unfused(Builder(), MoESpec(count, 0, 0, k), x, logits, experts)
+    match.unify(pattern, output)
+    weights = [[_stored(match[w]) for w in expert] for expert in experts]
+    kinds = {(w.tensor.dtype, w.cast) for expert in weights for w in expert}
+    if len(kinds) != 1:
+        raise Mismatch("the experts' weights are of different dtypes")
+    prefix = re.sub(r"\.\d+\.[^.]*_proj\.weight$", "", weights[0][0].name)
+    gate_up = Stacked([SideBySide([gate.tensor, up.tensor]) for gate, up, _ in weights])
+    down = Stacked([down.tensor for _, _, down in weights])
+    b = Builder(prefix)
+    stacked = [_widened(b, graph, f"{prefix}.{n}", t, weights[0][0]) for n, t in (("gate_up_proj", gate_up), ("down_proj", down))]
+    graph.extend(b.nodes)
+    _, width, hidden = down.dims
+    return Found(MoESpec(count, hidden, width, k), Inputs(match[x], match[logits], *stacked), output)
+
+
+def _stored(value: ir.Value) -> Weight:
+    weight = float_weight(value)
+    if weight is None or len(weight.tensor.dims) != 2:
+        raise Mismatch(f"{value.name} is not a stored matrix")
+    return weight
+
+
+def _widened(b: Builder, graph: ir.Graph, name: str, tensor: LazyTensor, like: Weight) -> ir.Value:
+    value = add_initializer(graph, name, tensor)
+    return b.op("Cast", value, to=int(ir.DataType.FLOAT)) if like.cast else value
+
+
+def _follow(value: ir.Value, op_type: str, times: int) -> ir.Value:
+    """Downstream along first users until ``op_type`` was met ``times`` times."""
+    for _ in range(times):
+        while True:
+            users: Sequence[tuple[ir.Node, int]] = value.uses()  # type: ignore[assignment]
+            node = next((n for n, _ in users), None)
+            if node is None:
+                raise Mismatch(f"{value.name} does not lead to {op_type}")
+            value = node.outputs[0]
+            if node.op_type == op_type:
+                break
+    return value
+
+
+def call(model: ir.Model, found: Found, scope: str) -> None:
+    """Replace what was found by a call; the function is added where the model does not have it."""
+    declare(model, found.spec)
+    caller = Builder()
+    outputs = caller.node(
+        definition.OP_TYPE,
+        found.inputs,
+        name=f"{scope}/moe",
+        domain=definition.DOMAIN,
+        overload=found.spec.overload,
+        **attributes_of(found.spec),
+    )
+    model.graph.extend(caller.nodes)  # clean_up orders the nodes
+    replace_outputs([found.output], outputs)
+
+
+def declare(model: ir.Model, spec: MoESpec) -> None:
+    """Add the function of a spec to the model, unless it is there."""
+    if (definition.DOMAIN, definition.OP_TYPE, spec.overload) in model.functions:
+        return
+    body = Builder()
+    inputs = Inputs(*(ir.Value(name=name) for name in Inputs._fields))
+    output = definition.build(body, spec, inputs)
+    add_function(model, definition.DOMAIN, definition.OP_TYPE, spec, inputs, body, [output])
