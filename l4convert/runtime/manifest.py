@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig, RopeScaling
+from l4convert.emit.manifest import read_manifest
+from l4convert.emit.staging import MANIFEST_FILE
 from l4convert.errors import InputError
-
-MANIFEST_FILE = "l4convert.json"
-MODEL_FILE = "model.onnx"
-SCHEMA = "l4convert.manifest/1"
 
 KvCache = Literal["growing", "static", "windowed"]
 
@@ -40,10 +38,8 @@ def read_artifact(path: Path) -> ArtifactInfo:
     Raises:
         InputError: The folder is not an artifact, or its manifest is damaged or of another version.
     """
+    manifest = read_manifest(path)
     file = path / MANIFEST_FILE
-    manifest = read_json(file, hint=f"An artifact is the folder that `l4convert convert` writes; {path} is none.")
-    if manifest.get("schema") != SCHEMA:
-        raise InputError(f"{file}: schema is {manifest.get('schema')!r}, this version reads {SCHEMA!r}")
     try:
         kv_cache, recipe, target = (_name(manifest[key]) for key in ("kv_cache", "recipe", "target"))
         config = config_from_json(manifest["config"])

@@ -9,9 +9,10 @@ from typing import Any, Self
 import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import BackendMissing, InputError, UsageError
 from l4convert.runtime.caches import CACHE_FORMS, CacheNames, KvCacheState
-from l4convert.runtime.manifest import MODEL_FILE, ArtifactInfo, read_artifact
+from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.runner import FloatArray, IntArray, check_step
 
 # How long a stream may become in the static form where the caller does not say: enough for a conversation, and small

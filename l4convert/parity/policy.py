@@ -1,0 +1,162 @@
+"""What an artifact must keep to be called good: thresholds from a TOML file, with defaults per recipe.
+
+The files in ``policies/`` are the defaults, and the examples to write one's own from.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from l4convert.errors import InputError, UsageError
+from l4convert.parity.metrics import Metrics
+
+SCHEMA = "l4convert.policy/1"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Limits on :class:`~l4convert.parity.metrics.Metrics`; None: no limit. All are inclusive.
+
+    Attributes:
+        min_tokens: So many tokens must be compared, or the other numbers mean little.
+    """
+
+    max_abs_logit: float | None = None
+    max_rel_logit: float | None = None
+    mean_kl: float | None = None
+    p99_kl: float | None = None
+    max_kl: float | None = None
+    min_top1: float | None = None
+    max_ppl_ratio: float | None = None
+    min_tokens: float | None = None
+
+    def broken_by(self, metrics: Metrics, only: frozenset[str] | None = None) -> tuple[str, ...]:
+        """One line for each limit that does not hold; a measure that is NaN holds none.
+
+        Args:
+            metrics: The measured values.
+            only: Look at these limits only.
+        """
+        found = []
+        for field in fields(self):
+            limit = getattr(self, field.name)
+            if limit is None or (only is not None and field.name not in only):
+                continue
+            measure, at_least = _MEASURES[field.name]
+            value = getattr(metrics, measure)
+            if not (value >= limit if at_least else value <= limit):
+                found.append(
+                    f"{measure} is {value:.6g}, the policy wants at {'least' if at_least else 'most'} {limit:g}"
+                )
+        return tuple(found)
+
+
+# Threshold -> the measure it limits, and whether from below.
+_MEASURES: Mapping[str, tuple[str, bool]] = {
+    "max_abs_logit": ("max_abs_logit", False),
+    "max_rel_logit": ("max_rel_logit", False),
+    "mean_kl": ("mean_kl", False),
+    "p99_kl": ("p99_kl", False),
+    "max_kl": ("max_kl", False),
+    "min_top1": ("top1", True),
+    "max_ppl_ratio": ("ppl_ratio", False),
+    "min_tokens": ("tokens", True),
+}
+
+# The measures that mean something on a part of the text: the others are averages and quantiles, which on a few hundred
+# tokens say more about those tokens than about the artifact.
+ELEMENTWISE = frozenset({"max_abs_logit", "max_rel_logit"})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Thresholds with a name.
+
+    Attributes:
+        reference: The artifact against the reference: all of them on the whole text, those of ``ELEMENTWISE`` on every
+            way of feeding it.
+        drift: Every other way of feeding the text against the artifact's own single call. It is zero but for rounding,
+            however coarse the weights are, so it finds cache and position errors that quantization would hide.
+    """
+
+    name: str
+    reference: Thresholds
+    drift: Thresholds
+
+
+def default_policy(recipe: str, target: str) -> Policy:
+    """The bundled policy of a recipe.
+
+    Raises:
+        UsageError: There is none.
+    """
+    folder = resources.files("l4convert.parity").joinpath("policies")
+    known = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    if recipe not in known:
+        hint = f"Write one and pass it with --policy FILE.toml; there are defaults for {', '.join(known)}."
+        raise UsageError(f"no default parity policy for recipe {recipe!r}", hint)
+    file = folder.joinpath(f"{recipe}.toml")
+    return parse_policy(file.read_text(encoding="utf-8"), target, name=f"default for {recipe}", where=f"{recipe}.toml")
+
+
+def load_policy(file: Path, target: str) -> Policy:
+    """Read a policy file for artifacts of ``target``.
+
+    Raises:
+        InputError: It cannot be read, is not TOML, or has a key or value that means nothing.
+    """
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from error
+    return parse_policy(content, target, name=file.name, where=str(file))
+
+
+def parse_policy(content: str, target: str, *, name: str, where: str) -> Policy:
+    """Read a policy: tables ``reference`` and ``drift``, and under ``target.NAME`` the same again to override them."""
+    try:
+        tables = tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: not TOML: {error}") from error
+    if tables.pop("schema", None) != SCHEMA:
+        raise InputError(f"{where}: does not say schema = {SCHEMA!r}")
+    overrides = tables.pop("target", {})
+    if not isinstance(overrides, dict) or not all(isinstance(value, dict) for value in overrides.values()):
+        raise InputError(f"{where}: [target.NAME.reference] and [target.NAME.drift] are the tables for a target")
+    policies = {key: _policy(value, name, where) for key, value in overrides.items()}  # check those of others too
+    base = _policy(tables, name, where)
+    if base == Policy(name, Thresholds(), Thresholds()):
+        raise InputError(f"{where}: limits nothing", f"Known limits: {', '.join(_MEASURES)}.")
+    return _merged(base, policies[target]) if target in policies else base
+
+
+def _policy(tables: Mapping[str, Any], name: str, where: str) -> Policy:
+    unknown = tables.keys() - {"reference", "drift"}
+    if unknown:
+        raise InputError(f"{where}: unknown table or key {min(unknown)!r}", "Tables: reference, drift, target.NAME.")
+    return Policy(name, *(_thresholds(tables.get(key, {}), f"{where}: [{key}]") for key in ("reference", "drift")))
+
+
+def _thresholds(table: Any, where: str) -> Thresholds:
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: not a table")
+    unknown = table.keys() - _MEASURES.keys()
+    if unknown:
+        raise InputError(f"{where}: unknown limit {min(unknown)!r}", f"Known limits: {', '.join(_MEASURES)}.")
+    for key, value in table.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise InputError(f"{where}: {key} is {value!r}, expected a number of at least 0")
+    return Thresholds(**{key: float(value) for key, value in table.items()})
+
+
+def _merged(base: Policy, override: Policy) -> Policy:
+    def merge(one: Thresholds, other: Thresholds) -> Thresholds:
+        given = {field.name: getattr(other, field.name) for field in fields(other)}
+        return replace(one, **{key: value for key, value in given.items() if value is not None})
+
+    return Policy(base.name, merge(base.reference, override.reference), merge(base.drift, override.drift))

@@ -1,0 +1,183 @@
+"""The reference: transformers' Llama 4, eager, float32, on the CPU, without a cache. Nothing of it is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from l4convert.checkpoint import Checkpoint, open_checkpoint
+from l4convert.errors import BackendMissing, InputError
+from l4convert.runtime.runner import FloatArray, IntArray, Runner, check_step
+
+
+class Reference(Runner, Protocol):
+    """A runner that can also give the logits of a whole text without any cache."""
+
+    def logits(self, ids: IntArray) -> FloatArray:
+        """Logits [tokens, vocabulary] of one text [tokens], from one forward pass."""
+        ...
+
+
+class TransformersReference:
+    """``Llama4ForCausalLM`` on a checkpoint (the text part of a multimodal one).
+
+    Args:
+        path: The checkpoint's folder, in Hugging Face format.
+
+    Raises:
+        BackendMissing: torch or transformers is not installed.
+        InputError: The checkpoint is not whole, or not one that transformers reads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._torch = _require_backend()
+        self.checkpoint = open_checkpoint(path)
+        with _quiet():
+            self._model: Any = _load(self.checkpoint)
+
+    @property
+    def name(self) -> str:
+        """Library, version and checkpoint."""
+        import transformers
+
+        return f"transformers {transformers.__version__} eager float32, {self.checkpoint.path.name}"
+
+    def logits(self, ids: IntArray) -> FloatArray:
+        """Logits [tokens, vocabulary] of one text [tokens]: one forward pass, no cache, no padding."""
+        with self._torch.no_grad():
+            output = self._model(input_ids=self._torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
+        array: FloatArray = output.logits[0].float().numpy()
+        return array
+
+    def start(self, batch: int) -> RecomputingStream:
+        """Begin ``batch`` empty sequences; every step computes them anew from their beginning, so keep them short."""
+        return RecomputingStream(self.logits, batch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model = None
+
+
+class RecomputingStream:
+    """A stream without a cache: each row is computed alone, from its first token, at every step.
+
+    This is what batches and caches are meant to be equal to. Logits at padding are 0.
+    """
+
+    def __init__(self, logits: Callable[[IntArray], FloatArray], batch: int) -> None:
+        self._logits = logits
+        self._rows: list[IntArray] = [np.zeros(0, np.int64)] * batch
+
+    def step(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+        """See :meth:`l4convert.runtime.runner.Stream.step`."""
+        mask = check_step(input_ids, mask, len(self._rows))
+        outputs: dict[int, FloatArray] = {}
+        for row in np.flatnonzero(mask.any(axis=1)).tolist():
+            tokens = input_ids[row][mask[row] == 1]
+            self._rows[row] = np.concatenate([self._rows[row], tokens])
+            outputs[row] = self._logits(self._rows[row])[-len(tokens) :]
+        vocabulary = max((output.shape[1] for output in outputs.values()), default=0)
+        result = np.zeros((*input_ids.shape, vocabulary), np.float32)
+        for row, output in outputs.items():
+            result[row, mask[row] == 1] = output
+        return result
+
+
+def _require_backend() -> Any:
+    try:
+        import torch
+        import transformers  # noqa: F401  # wanted here, used by the functions below
+    except ImportError as error:
+        raise BackendMissing(
+            "pip install 'l4convert[reference]'", "transformers is what parity compares with."
+        ) from error
+    return torch
+
+
+def _load(checkpoint: Checkpoint) -> Any:
+    """The model, in evaluation mode, with every weight from the checkpoint."""
+    import torch
+    import transformers
+
+    if checkpoint.format != "hf":
+        hint = "Compare with the same weights in Hugging Face format."
+        raise InputError(
+            f"{checkpoint.path}: transformers cannot read a checkpoint of format {checkpoint.format}", hint
+        )
+    load: Any = transformers.Llama4ForCausalLM.from_pretrained
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    try:
+        if checkpoint.experts == "stacked":
+            model, loading = load(str(checkpoint.path), local_files_only=True, **options)
+        else:
+            model, loading = load(
+                None, config=_text_config(checkpoint.path), state_dict=_stacked(checkpoint), **options
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        summary = str(error).strip().splitlines()[0]
+        raise InputError(f"{checkpoint.path}: transformers cannot load it: {summary}") from error
+    missing = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+    if missing:
+        raise InputError(f"{checkpoint.path}: transformers finds no weight for {min(missing)}")
+    return model.eval()
+
+
+def _text_config(path: Path) -> Any:
+    from transformers import Llama4TextConfig
+
+    return Llama4TextConfig.from_pretrained(str(path), local_files_only=True)
+
+
+def _stacked(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The state dict of an unfused checkpoint with its experts joined as ``Llama4TextExperts`` has them.
+
+    Read with the safetensors library, not with our reader: an error there must not be in the reference as well.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    state: dict[str, Any] = {}
+    for file in checkpoint.files:
+        if file.suffix == ".safetensors":
+            state |= {key.removeprefix("language_model."): value for key, value in load_file(file).items()}
+    for prefix in [
+        key.removesuffix(".0.gate_proj.weight") for key in state if key.endswith(".experts.0.gate_proj.weight")
+    ]:
+        gate, up, down = (torch.stack([w.T for w in _experts(state, prefix, name)]) for name in ("gate", "up", "down"))
+        state[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=-1)  # [E, H, 2I]
+        state[f"{prefix}.down_proj"] = down  # [E, I, H]
+    return state
+
+
+def _experts(state: dict[str, Any], prefix: str, projection: str) -> Iterable[Any]:
+    """Take the weights [out, in] of one projection out of a state dict, in the order of the experts."""
+    expert = 0
+    while (name := f"{prefix}.{expert}.{projection}_proj.weight") in state:
+        yield state.pop(name)
+        expert += 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and from warning about what is checked here."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
