@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from l4convert import __version__
+from l4convert.checkpoint.text import parse_object, quote, read_bytes
 from l4convert.emit.digest import file_digest
 from l4convert.emit.staging import MANIFEST_FILE, reported
 from l4convert.errors import InputError
@@ -65,21 +66,13 @@ def read_manifest(out: Path) -> dict[str, Any]:
         InputError: ``out`` is not an artifact, its manifest is damaged, or a newer version of this tool wrote it.
     """
     path = out / MANIFEST_FILE
-    hint = "an artifact is the output folder of `l4convert convert`"
     with reported(f"{path}: cannot be read"):
         if not path.is_file():
-            raise InputError(f"{out}: is not an l4convert artifact (no {MANIFEST_FILE})", hint=hint)
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise InputError(f"{path}: is larger than any manifest ({MAX_MANIFEST_BYTES} bytes)", hint=hint)
-        data = path.read_bytes()
-    try:
-        manifest = json.loads(data)
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: is not valid JSON", hint="the file is damaged: convert again") from None
-    if not isinstance(manifest, dict) or not isinstance(schema := manifest.get("schema"), str):
-        raise InputError(f"{path}: is not an l4convert manifest", hint=hint)
-    if schema != SCHEMA:
-        raise InputError(f"{path}: has schema {schema[:80]!r}; this version reads {SCHEMA!r}", hint="update l4convert")
+            hint = "an artifact is the output folder of `l4convert convert`"
+            raise InputError(f"{out}: is not an l4convert artifact (no {MANIFEST_FILE})", hint)
+    manifest = parse_object(read_bytes(path, MAX_MANIFEST_BYTES), str(path))
+    if (schema := manifest.get("schema")) != SCHEMA:
+        raise InputError(f"{path}: its schema is {quote(schema)}; this version reads {SCHEMA!r}", "update l4convert")
     return manifest
 
 

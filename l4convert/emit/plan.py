@@ -14,7 +14,7 @@ from itertools import chain, count, islice, zip_longest
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
-from l4convert.emit.safetensors_file import Entry, align, encode_header, stored_as
+from l4convert.emit.header import Entry, align, encode_header, stored_as
 
 WEIGHTS_FILE = "model.safetensors"
 FILLER_PREFIX = "__padding__."

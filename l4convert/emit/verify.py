@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from l4convert.checkpoint.safetensors_file import SAFETENSORS_NAMES, Stored, open_safetensors
+from l4convert.checkpoint.text import show
 from l4convert.emit.digest import RegionDigest, file_digest
 from l4convert.emit.graph_refs import ExternalRef, external_refs
+from l4convert.emit.header import stored_as
 from l4convert.emit.manifest import is_canonical, read_manifest
 from l4convert.emit.plan import FILLER_PREFIX, WEIGHTS_FILE
-from l4convert.emit.safetensors_file import Entry, Header, read_header, stored_as
 from l4convert.emit.staging import MANIFEST_FILE, reported
 from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError
@@ -74,9 +76,9 @@ def verify_artifact(out: Path, progress: Progress = NO_PROGRESS) -> VerifyReport
     with reported(f"{out}: cannot be read"):
         present = _present(out, problems)
     problems += [
-        f"{_shown(name)}: not in the manifest" for name in sorted(present.keys() - files.keys() - {MANIFEST_FILE})
+        f"{show(name)}: not in the manifest" for name in sorted(present.keys() - files.keys() - {MANIFEST_FILE})
     ]
-    problems += [f"{_shown(name)}: is missing" for name in sorted(files.keys() | _ESSENTIAL) if name not in present]
+    problems += [f"{show(name)}: is missing" for name in sorted(files.keys() | _ESSENTIAL) if name not in present]
     with progress.task("Verifying", total=sum(present.values()), unit="B") as task:
         for name in sorted(files.keys() & present.keys() - {WEIGHTS_FILE}):
             problems += _compare(name, files[name], *_guarded_digest(out / name, task))
@@ -95,9 +97,9 @@ def _entries(
     good, problems = {}, []
     for name, entry in table.items():
         if field == "files" and not _is_plain(name):
-            problems.append(f"{MANIFEST_FILE}: {_shown(name)} is not the name of a file of an artifact")
+            problems.append(f"{MANIFEST_FILE}: {show(name)} is not the name of a file of an artifact")
         elif not isinstance(entry, dict) or any(key not in entry for key in keys):
-            problems.append(f"{MANIFEST_FILE}: entry {_shown(name)} of {field!r} is malformed")
+            problems.append(f"{MANIFEST_FILE}: entry {show(name)} of {field!r} is malformed")
         else:
             good[name] = entry
     return good, problems
@@ -107,11 +109,6 @@ def _is_plain(name: str) -> bool:
     return name not in {"", ".", "..", MANIFEST_FILE} and not any(c in name for c in "/\\\0")
 
 
-def _shown(name: str) -> str:
-    """A name from an untrusted file, fit for one line of a terminal."""
-    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
-
-
 def _present(out: Path, problems: list[str]) -> dict[str, int]:
     """Name -> size of the regular files in the folder; anything unexpected becomes a problem."""
     present: dict[str, int] = {}
@@ -119,13 +116,13 @@ def _present(out: Path, problems: list[str]) -> dict[str, int]:
         try:
             status = path.stat()
         except OSError as error:
-            problems.append(f"{_shown(path.name)}: cannot be read: {error.strerror}")
+            problems.append(f"{show(path.name)}: cannot be read: {error.strerror}")
             continue
         if stat.S_ISREG(status.st_mode):
             if path.name not in LATER_FILES:
                 present[path.name] = status.st_size
         elif not (stat.S_ISDIR(status.st_mode) and path.name in LATER_FOLDERS):
-            problems.append(f"{_shown(path.name)}: is not a file of an artifact")
+            problems.append(f"{show(path.name)}: is not a file of an artifact")
     return present
 
 
@@ -138,11 +135,11 @@ def _guarded_digest(path: Path, task: Task) -> tuple[int, str]:
 
 def _compare(name: str, entry: Mapping[str, Any], size: int, digest: str) -> list[str]:
     if size < 0:
-        return [f"{_shown(name)}: {digest}"]
+        return [f"{show(name)}: {digest}"]
     if entry["bytes"] != size:
-        return [f"{_shown(name)}: has {size} bytes, the manifest says {str(entry['bytes'])[:40]}"]
+        return [f"{show(name)}: has {size} bytes, the manifest says {str(entry['bytes'])[:40]}"]
     if entry["sha256"] != digest:
-        return [f"{_shown(name)}: its content is not what the manifest says (SHA-256 differs)"]
+        return [f"{show(name)}: its content is not what the manifest says (SHA-256 differs)"]
     return []
 
 
@@ -150,35 +147,38 @@ def _check_weights(
     out: Path, file: Mapping[str, Any] | None, tensors: Mapping[str, Mapping[str, Any]], task: Task, has_graph: bool
 ) -> list[str]:
     try:
-        header = read_header(out / WEIGHTS_FILE)
-    except (InputError, OSError) as error:
-        return [str(error)]
-    stored = {e.name: e for e in header.entries if not e.name.startswith(FILLER_PREFIX)}
-    problems = [f"{WEIGHTS_FILE}: tensor {_shown(name)} is missing" for name in tensors if name not in stored]
+        header = open_safetensors(out / WEIGHTS_FILE)
+    except InputError as error:
+        return [error.message]
+    stored = {name: tensor for name, tensor in header.items() if not name.startswith(FILLER_PREFIX)}
+    where = f"{WEIGHTS_FILE}: tensor"
+    problems = [f"{where} {show(name)} is missing" for name in tensors if name not in stored]
+    problems += [f"{where} {show(name)} is not in the manifest" for name in stored if name not in tensors]
     problems += [
-        f"{WEIGHTS_FILE}: tensor {_shown(name)} is not in the manifest" for name in stored if name not in tensors
+        f"{where} {show(name)}: dtype or shape is not what the manifest says"
+        for name, tensor in stored.items()
+        if name in tensors and not _agrees(tensor, tensors[name])
     ]
-    problems += [
-        f"{WEIGHTS_FILE}: tensor {_shown(name)}: dtype or shape is not what the manifest says"
-        for name in stored
-        if name in tensors and not _agrees(stored[name], tensors[name])
-    ]
-    problems += _digest_problems(out, file, tensors, header, task)
-    return problems + (_ref_problems(out, header) if has_graph else [])
+    problems += _digest_problems(out, file, tensors, list(header.values()), task)
+    return problems + (_ref_problems(out, header.values()) if has_graph else [])
 
 
 def _digest_problems(
-    out: Path, file: Mapping[str, Any] | None, tensors: Mapping[str, Mapping[str, Any]], header: Header, task: Task
+    out: Path,
+    file: Mapping[str, Any] | None,
+    tensors: Mapping[str, Mapping[str, Any]],
+    stored: Iterable[Stored],
+    task: Task,
 ) -> list[str]:
     """One pass over the weights file: every tensor's digest, and the file's."""
     problems = []
     descriptor = os.open(out / WEIGHTS_FILE, os.O_RDONLY)
     try:
         digest = RegionDigest(descriptor, task)
-        for entry in header.entries:
-            actual = digest.region(header.data_start + entry.begin, header.data_start + entry.end)
-            if entry.name in tensors and tensors[entry.name]["sha256"] != actual:
-                problems.append(f"{WEIGHTS_FILE}: tensor {_shown(entry.name)}: SHA-256 differs from the manifest's")
+        for tensor in stored:
+            actual = digest.region(tensor.offset, tensor.offset + tensor.nbytes)
+            if tensor.key in tensors and tensors[tensor.key]["sha256"] != actual:
+                problems.append(f"{WEIGHTS_FILE}: tensor {show(tensor.key)}: SHA-256 differs from the manifest's")
         size = os.fstat(descriptor).st_size
         return problems + ([] if file is None else _compare(WEIGHTS_FILE, file, size, digest.whole(size)))
     except OSError as error:
@@ -187,38 +187,37 @@ def _digest_problems(
         os.close(descriptor)
 
 
-def _agrees(entry: Entry, described: Mapping[str, Any]) -> bool:
-    shape, nbytes = described["shape"], described["nbytes"]
-    if nbytes != entry.end - entry.begin or not isinstance(shape, list):
+def _agrees(stored: Stored, described: Mapping[str, Any]) -> bool:
+    dtype, shape = _DTYPES.get(str(described["dtype"])), described["shape"]
+    if dtype is None or not isinstance(shape, list):
         return False
-    dtype = _DTYPES.get(str(described["dtype"]))
-    if dtype is None or not all(type(extent) is int and 0 <= extent < 1 << 63 for extent in shape):
+    if not all(type(extent) is int and 0 <= extent < 1 << 63 for extent in shape):
         return False
-    return _fits(dtype, tuple(shape), nbytes) and stored_as(dtype, tuple(shape), nbytes) == (entry.dtype, entry.shape)
+    return described["nbytes"] == stored.nbytes and _holds(stored, dtype, tuple(shape))
 
 
-def _fits(dtype: ir.DataType, shape: tuple[int, ...], nbytes: int) -> bool:
-    return math.ceil(math.prod(shape) * dtype.bitwidth / 8) == nbytes
+def _holds(stored: Stored, dtype: ir.DataType, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the weights file is where an ONNX tensor of this type and shape would be stored."""
+    if math.ceil(math.prod(shape) * dtype.bitwidth / 8) != stored.nbytes:
+        return False
+    return stored_as(dtype, shape, stored.nbytes) == (SAFETENSORS_NAMES[stored.dtype], stored.dims)
 
 
-def _ref_problems(out: Path, header: Header) -> list[str]:
+def _ref_problems(out: Path, stored: Iterable[Stored]) -> list[str]:
     """A problem for every external tensor of the graph that is not, at its offset, such a tensor of the weights."""
     try:
         refs = list(external_refs(out / MODEL_FILE))
     except (InputError, OSError) as error:
         return [str(error)]
-    at = {header.data_start + e.begin: e for e in header.entries if e.end > e.begin}
+    at = {tensor.offset: tensor for tensor in stored if tensor.nbytes}
     return [
-        f"{MODEL_FILE}: tensor {_shown(ref.name)} does not refer to a tensor of its type and shape in {WEIGHTS_FILE}"
+        f"{MODEL_FILE}: tensor {show(ref.name)} does not refer to a tensor of its type and shape in {WEIGHTS_FILE}"
         for ref in refs
-        if not _refers(ref, at)
+        if not _refers(ref, at.get(ref.offset))
     ]
 
 
-def _refers(ref: ExternalRef, at: Mapping[int, Entry]) -> bool:
-    entry = at.get(ref.offset)
-    if ref.location != WEIGHTS_FILE or entry is None or ref.nbytes != entry.end - entry.begin:
+def _refers(ref: ExternalRef, stored: Stored | None) -> bool:
+    if ref.location != WEIGHTS_FILE or stored is None or ref.nbytes != stored.nbytes or ref.dtype.name not in _DTYPES:
         return False
-    if ref.dtype.name not in _DTYPES or not _fits(ref.dtype, ref.shape, ref.nbytes):
-        return False
-    return stored_as(ref.dtype, ref.shape, ref.nbytes) == (entry.dtype, entry.shape)
+    return _holds(stored, ref.dtype, ref.shape)

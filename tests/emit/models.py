@@ -50,7 +50,9 @@ def values(dtype: ir.DataType, shape: Sequence[int], seed: int = 0) -> np.ndarra
 
 def initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
     tensor.name = name
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    return ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
 
 
 def holder(tensors: dict[str, ir.TensorProtocol]) -> ir.Model:
