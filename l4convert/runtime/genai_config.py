@@ -34,9 +34,9 @@ def genai_config(
     """Return the content of ``genai_config.json`` for an artifact.
 
     ``search.chunk_size`` is left out on purpose. With it GenAI cuts the flattened [B*S] prompt into pieces
-    (``src/models/decoder_only.cpp``, ``RunWithChunking``), which silently mixes up the sequences of any batch with more
-    tokens than that. Our graph takes a prompt of any length in one call. To bound memory on one long prompt, a caller
-    can set ``chunk_size`` through ``set_search_options``.
+    (``src/models/decoder_only.cpp``, ``RunWithChunking``): a batch with more tokens than that ends in an error about
+    continuous decoding, or, when a piece is one column, in mixed-up sequences. Our graph takes a prompt of any length
+    in one call. To bound memory on one long prompt, a caller can set ``chunk_size`` through ``set_search_options``.
 
     Args:
         config: The decoder.
