@@ -5,7 +5,7 @@ ARGS   ?=
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := dev,reference,interop
+EXTRAS := dev,reference
 
 .PHONY: help venv test lint format demo clean
 .DEFAULT_GOAL := help
@@ -39,4 +39,4 @@ demo: $(STAMP) ## Convert the bundled model to INT4 and FP8, validate both, gene
 	$(BIN)/python examples/01_convert_nano_scout/run.py
 
 clean: ## Remove caches, build products and the environment
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/*/out
+	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/*/out

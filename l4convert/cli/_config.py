@@ -1,0 +1,55 @@
+"""Defaults from a TOML file: top-level keys for global options, one table a command. Flags and environment win over it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l4convert.errors import UsageError
+
+DEFAULT_FILE = "l4convert.toml"
+
+
+def find_config() -> Path | None:
+    """``l4convert.toml`` of the current folder, where there is one."""
+    path = Path(DEFAULT_FILE)
+    return path if path.is_file() else None
+
+
+def load_config(path: Path, group: click.Group, ctx: click.Context) -> dict[str, Any]:
+    """Read a file into the form of click's ``default_map``: option name -> value, command name -> such a map.
+
+    Raises:
+        UsageError: The file cannot be read, is not TOML, or has a key that is no option (so that a typo is never silent).
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "give --config the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from error
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        if not isinstance(value, dict):
+            result |= _options(path, {key: value}, group, "")
+        elif (command := group.get_command(ctx, key)) is not None:
+            result[key] = _options(path, value, command, f"[{key}] ")
+        else:
+            raise UsageError(f"{path}: [{key}] is not a command", f"commands: {', '.join(group.list_commands(ctx))}")
+    return result
+
+
+def _options(path: Path, values: dict[str, Any], command: click.Command, where: str) -> dict[str, Any]:
+    """``values`` with keys as click names them; ``max-new-tokens`` and ``max_new_tokens`` are the same key."""
+    known = {param.name for param in command.params if isinstance(param, click.Option)} - {"config", "version"}
+    result = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            options = ", ".join(sorted(str(option).replace("_", "-") for option in known))
+            raise UsageError(f"{path}: {where}{key} is not an option", f"options here: {options}")
+        result[name] = value
+    return result

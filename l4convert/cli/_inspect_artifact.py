@@ -1,0 +1,171 @@
+"""What ``inspect`` says about an artifact."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from l4convert.cli._inspect_checkpoint import layer_rows
+from l4convert.cli._render import count, fields, size, table
+from l4convert.emit import read_manifest
+from l4convert.errors import InputError
+from l4convert.runtime.manifest import MODEL_FILE, read_artifact
+
+# Inputs that hold quantized weights, and those that hold their scales and zero points, by operator (ONNX and ONNX
+# Runtime's ContribOperators.md). Packed operators keep two 4-bit weights a byte.
+_WEIGHT_INPUTS = {"DequantizeLinear": (0,), "MatMulNBits": (1,), "QMoE": (2, 5, 8)}
+_SCALE_INPUTS = {"DequantizeLinear": (1, 2), "MatMulNBits": (2, 3), "QMoE": (3, 6, 9, 11, 12, 13)}
+_PACKED = {"MatMulNBits", "QMoE"}
+
+
+def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
+    """The artifact as JSON fields and as text; ``tensors`` adds a row for each weight to both."""
+    manifest, info = read_manifest(path), read_artifact(path)
+    model = _load(path / MODEL_FILE)
+    weights = [(t.name, onnx.TensorProto.DataType.Name(t.data_type), list(t.dims), _nbytes(t)) for t in _stored(model)]
+    operators = Counter(_operator(node) for node in _nodes(model))
+    payload: dict[str, Any] = {
+        "kind": "artifact",
+        "path": str(path),
+        "target": info.target,
+        "recipe": info.recipe,
+        "kv_cache": info.kv_cache,
+        "tool": manifest.get("tool"),
+        "libraries": manifest.get("libraries"),
+        "passes": manifest.get("passes"),
+        "files": {name: entry["bytes"] for name, entry in manifest.get("files", {}).items()},
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "operators": dict(operators.most_common()),
+        "functions": [f"{function.domain}::{function.name}" for function in model.functions],
+        "inputs": [_value(value) for value in model.graph.input],
+        "outputs": [_value(value) for value in model.graph.output],
+        "bytes_by_dtype": _by_dtype(weights),
+        "quantized_share": quantized_share(model),
+    }
+    rows = layer_rows(info.config)
+    text = [_summary(payload, rows), _files(payload), _operators(payload), _io(payload), _bytes_table(payload)]
+    if tensors:
+        payload["tensors"] = [{"name": n, "dtype": d, "shape": s, "bytes": b} for n, d, s, b in weights]
+        text.append(table(["tensor", "dtype", "shape", "bytes"], weights, right=[3]))
+    return payload, "\n\n".join(text)
+
+
+def quantized_share(model: onnx.ModelProto) -> float:
+    """The share of the weights (counted one by one, scales left out) that are stored in 4 or 8 bits."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in _stored(model)}
+    quantized: dict[str, int] = {}
+    scales: set[str] = set()
+    for node in _nodes(model):
+        names = dict(enumerate(node.input))
+        for index in _WEIGHT_INPUTS.get(node.op_type, ()):
+            if (name := names.get(index, "")) in sizes:
+                quantized[name] = sizes[name] * (2 if node.op_type in _PACKED else 1)
+        scales |= {names.get(index, "") for index in _SCALE_INPUTS.get(node.op_type, ())}
+    plain = sum(number for name, number in sizes.items() if name not in quantized and name not in scales)
+    whole = plain + sum(quantized.values())
+    return sum(quantized.values()) / whole if whole else 0.0
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # protobuf raises a type of its own that is not public
+        raise InputError(f"{path}: not an ONNX model: {error}") from error
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the bodies of its Ifs, Loops and Scans."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    for graph in _graphs(model.graph):
+        yield from graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def _stored(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    return [tensor for graph in _graphs(model.graph) for tensor in graph.initializer]
+
+
+def _operator(node: onnx.NodeProto) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    """Bytes as stored; ONNX packs 4-bit types two to a byte."""
+    bits = {
+        onnx.TensorProto.INT4: 4,
+        onnx.TensorProto.UINT4: 4,
+        onnx.TensorProto.FLOAT4E2M1: 4,
+    }.get(tensor.data_type)
+    if bits is None:
+        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return (math.prod(tensor.dims) * bits + 7) // 8
+
+
+def _by_dtype(weights: Iterable[tuple[str, str, list[int], int]]) -> dict[str, int]:
+    result: dict[str, int] = defaultdict(int)
+    for _, dtype, _, nbytes in weights:
+        result[dtype] += nbytes
+    return dict(sorted(result.items(), key=lambda item: -item[1]))
+
+
+def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    return {"name": value.name, "dtype": onnx.TensorProto.DataType.Name(tensor.elem_type), "shape": shape}
+
+
+def _summary(payload: dict[str, Any], layers: list[tuple[str, str]]) -> str:
+    tool = payload["tool"] or {}
+    return fields(
+        [
+            ("artifact", payload["path"]),
+            ("target", payload["target"]),
+            ("recipe", payload["recipe"]),
+            ("KV cache", payload["kv_cache"]),
+            ("written by", f"{tool.get('name', '?')} {tool.get('version', '?')}"),
+            ("opsets", ", ".join(f"{domain} {version}" for domain, version in payload["opsets"].items())),
+            ("quantized", f"{payload['quantized_share']:.1%} of the weights"),
+            *layers,
+        ]
+    )
+
+
+def _files(payload: dict[str, Any]) -> str:
+    return table(["file", "size"], [(name, size(nbytes)) for name, nbytes in payload["files"].items()], right=[1])
+
+
+def _operators(payload: dict[str, Any]) -> str:
+    return table(["operator", "nodes"], list(payload["operators"].items()), right=[1])
+
+
+def _io(payload: dict[str, Any]) -> str:
+    """Inputs and outputs; the caches of all layers look alike, so only the first pair is shown."""
+    rows: list[tuple[object, ...]] = []
+    for kind in ("inputs", "outputs"):
+        caches = [value for value in payload[kind] if ".key" in value["name"] or ".value" in value["name"]]
+        for value in payload[kind]:
+            if value not in caches[2:]:
+                rows.append((kind[:-1], value["name"], value["dtype"], value["shape"]))
+        if len(caches) > 2:
+            rows.append((kind[:-1], f"... and {count(len(caches) - 2)} more caches", "", ""))
+    return table(["", "name", "dtype", "shape"], rows)
+
+
+def _bytes_table(payload: dict[str, Any]) -> str:
+    rows = [(name, size(nbytes)) for name, nbytes in payload["bytes_by_dtype"].items()]
+    return table(["dtype", "bytes"], rows, right=[1])

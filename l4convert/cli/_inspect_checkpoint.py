@@ -1,0 +1,102 @@
+"""What ``inspect`` says about a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from l4convert.checkpoint import Checkpoint, open_checkpoint
+from l4convert.checkpoint.config import DecoderConfig
+from l4convert.cli._render import count, fields, ranges, size, table
+
+# A routed expert's weights, stacked or one by one; the router and the shared expert work on every token.
+_ROUTED = re.compile(r"\.feed_forward\.experts\.")
+
+
+def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
+    """The checkpoint as JSON fields and as text; ``tensors`` adds a row for each tensor to both."""
+    checkpoint = open_checkpoint(path)
+    payload = _payload(checkpoint)
+    text = [_summary(checkpoint, payload), _bytes_table(payload["bytes_by_dtype"])]
+    if tensors:
+        rows = [(name, t.dtype.name, list(t.dims), t.nbytes) for name, t in checkpoint.tensors.items()]
+        payload["tensors"] = [
+            {"name": name, "dtype": dtype, "shape": shape, "bytes": nbytes} for name, dtype, shape, nbytes in rows
+        ]
+        text.append(table(["tensor", "dtype", "shape", "bytes"], rows, right=[3]))
+    return payload, "\n\n".join(text)
+
+
+def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
+    nbytes: dict[str, int] = defaultdict(int)
+    for tensor in checkpoint.tensors.values():
+        nbytes[tensor.dtype.name] += tensor.nbytes
+    total, active = parameter_counts(checkpoint)
+    return {
+        "kind": "checkpoint",
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "experts": checkpoint.experts,
+        "config": dataclasses.asdict(checkpoint.config),
+        "parameters": total,
+        "active_parameters": active,
+        "tensor_count": len(checkpoint.tensors),
+        "bytes": sum(nbytes.values()),
+        "bytes_by_dtype": dict(nbytes),
+    }
+
+
+def parameter_counts(checkpoint: Checkpoint) -> tuple[int, int]:
+    """All parameters of the text decoder, and those that work on one token: of the routed experts the chosen ones only.
+
+    Embedding and head are counted in both, as in the published figures (Scout: 17 B active).
+    """
+    config = checkpoint.config
+    total = sum(tensor.size for tensor in checkpoint.tensors.values())
+    routed = sum(tensor.size for name, tensor in checkpoint.tensors.items() if _ROUTED.search(name))
+    idle = config.num_local_experts - config.num_experts_per_tok
+    return total, total - routed * idle // max(config.num_local_experts, 1)
+
+
+def _summary(checkpoint: Checkpoint, payload: dict[str, Any]) -> str:
+    config = checkpoint.config
+    scaling = config.rope_scaling
+    rope = f"theta {config.rope_theta:g}" + (", unscaled" if scaling is None else f", scaled by {scaling.factor:g}")
+    active = f"{count(payload['active_parameters'])} active per token"
+    return fields(
+        [
+            ("checkpoint", checkpoint.path),
+            ("format", f"{checkpoint.format}, experts {checkpoint.experts}"),
+            ("parameters", f"{count(payload['parameters'])} ({active})"),
+            ("size", f"{size(payload['bytes'])} in {payload['tensor_count']:,} tensors"),
+            *layer_rows(config),
+            ("hidden size", config.hidden_size),
+            ("attention", f"{config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} KV"),
+            ("RoPE", rope + (", QK norm" if config.use_qk_norm else ", no QK norm")),
+            ("experts", f"{config.num_local_experts} of width {config.intermediate_size}, "
+                        f"top {config.num_experts_per_tok}, and a shared one"),
+            ("vocabulary", f"{config.vocab_size:,}" + (", tied head" if config.tie_word_embeddings else "")),
+            ("positions", f"{config.max_position_embeddings:,}"),
+        ]
+    )  # fmt: skip
+
+
+def layer_rows(config: DecoderConfig) -> list[tuple[str, str]]:
+    """Which layers are of which kind."""
+    layers = list(enumerate(config.layers))
+    kinds = [
+        (f"chunked ({config.attention_chunk_size:,} tokens)", [i for i, layer in layers if layer.chunked]),
+        ("global", [i for i, layer in layers if not layer.chunked]),
+        ("without RoPE", [i for i, layer in layers if not layer.rope]),
+        ("mixture of experts", [i for i, layer in layers if layer.moe]),
+        (f"dense (width {config.intermediate_size_mlp:,})", [i for i, layer in layers if not layer.moe]),
+    ]
+    rows = [("layers", str(len(layers)))]
+    return rows + [(f"  {kind}", f"{len(where)}: {ranges(where)}") for kind, where in kinds if where]
+
+
+def _bytes_table(by_dtype: dict[str, int]) -> str:
+    return table(["dtype", "bytes"], [(name, size(nbytes)) for name, nbytes in by_dtype.items()], right=[1])

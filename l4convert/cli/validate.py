@@ -1,0 +1,110 @@
+"""``l4convert validate``: is an artifact equal to the model it was made from?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from l4convert.cli._settings import global_options, settings_of
+from l4convert.errors import CheckFailed, InputError
+
+if TYPE_CHECKING:
+    from l4convert.parity.outcome import ParityReport
+
+# The widest row of the table of results; a narrower terminal wraps it rather than losing numbers.
+_TABLE_WIDTH = 150
+
+EPILOG = """\b
+Examples:
+  l4convert validate scout-int4 --reference Llama-4-Scout --text sample.txt
+  l4convert validate scout-int4 --reference Llama-4-Scout --text sample.txt --policy strict.toml --junit parity.xml
+  l4convert validate scout-int4 --reference Llama-4-Scout --json > parity.json
+
+\b
+The reference is transformers (eager attention, float32), so it needs memory for four bytes a parameter.
+The report is also kept in the artifact, as parity.json.
+Exit code 0 when every threshold of the policy holds; 4 when one does not, or nothing was compared.
+"""
+
+
+@click.command("validate", epilog=EPILOG)
+@click.argument("artifact", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, type=click.Path(path_type=Path), metavar="CKPT",
+              help="The checkpoint that OUT was made from.")  # fmt: skip
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
+              help="Text to compare on (UTF-8).  [default: random tokens]")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(min=2), default=3000, show_default=True, metavar="N",
+              help="Use so many tokens of the text.")  # fmt: skip
+@click.option("--window", type=click.IntRange(min=2), default=1000, show_default=True, metavar="N",
+              help="Tokens in one call. More than a chunk, or no chunk boundary is tested.")  # fmt: skip
+@click.option("--policy", type=click.Path(path_type=Path), metavar="FILE",
+              help="Thresholds, as TOML.  [default: those of the recipe]")  # fmt: skip
+@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JUnit XML.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as an HTML page.")
+@global_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    artifact: Path,
+    reference: Path,
+    text: Path | None,
+    tokens: int,
+    window: int,
+    policy: Path | None,
+    junit: Path | None,
+    html: Path | None,
+) -> None:
+    """Compare the artifact in folder OUT with the reference model, and hold it to a policy.
+
+    One call for the whole text, odd splits, token by token, across chunk boundaries, and padded batches must all agree.
+    """
+    from l4convert.parity.outcome import REPORT_FILE, write_report
+    from l4convert.parity.policy import load_policy
+    from l4convert.parity.report import headline, write_html, write_junit
+    from l4convert.parity.validate import validate
+    from l4convert.runtime import read_artifact
+
+    settings = settings_of(ctx)
+    report = validate(
+        artifact,
+        reference,
+        text=None if text is None else _read(text),
+        text_name="given text" if text is None else text.name,
+        policy=None if policy is None else load_policy(policy, read_artifact(artifact).target),
+        progress=settings.progress(),
+        tokens=tokens,
+        window=window,
+    )
+    settings.emit("validate", report.to_json(), _table(report), summary=report.passed)
+    if junit is not None:
+        write_junit(report, junit)
+    if html is not None:
+        write_html(report, html)
+    write_report(report, artifact / REPORT_FILE)
+    if not report.passed:
+        raise CheckFailed(headline(report))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}", "give --text a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}", "give --text a text file") from error
+
+
+def _table(report: ParityReport) -> str:
+    """The report with colours where stdout is a terminal."""
+    from rich.console import Console
+
+    from l4convert.parity.report import render
+
+    console = Console(file=sys.stdout)
+    console.width = max(console.width, _TABLE_WIDTH)
+    with console.capture() as captured:
+        console.print(render(report))
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
