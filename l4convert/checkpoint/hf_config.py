@@ -1,7 +1,7 @@
 """Hugging Face's config.json to a :class:`DecoderConfig`.
 
-Defaults and derived fields are those of transformers' ``Llama4TextConfig`` (5.23), which the tests compare with; spellings
-of transformers 4.51 and later are understood too.
+Defaults and derived fields are those of transformers' ``Llama4TextConfig`` (5.23), which the tests compare with. The
+spellings of transformers 4.51 and later are understood too.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _chunk_size(text: Fields, layers: tuple[LayerConfig, ...], positions: int) -
 
 
 def _rope(text: Fields, positions: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from rope_scaling (transformers 4) or rope_parameters (5); the former wins, as it does there."""
+    """Base and scaling, from rope_scaling (transformers 4) or rope_parameters (5); the former wins, as there."""
     old = text.object("rope_scaling")
     rope = (
         old if old is not None and old.values else text.object("rope_parameters") or Fields({}, text.file, text.prefix)

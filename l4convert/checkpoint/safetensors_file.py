@@ -1,9 +1,9 @@
 """Reading safetensors files strictly and lazily.
 
-The layout (https://github.com/huggingface/safetensors, "Format"): the header's length as a little-endian 64-bit integer,
-the header (JSON: tensor name to dtype, shape and the byte range of its data), then the data, tensor after tensor without
-gaps. Every byte range is checked against the file before anything is mapped, so a wrong or hostile header cannot make a
-later read leave the file.
+The layout (https://github.com/huggingface/safetensors, "Format"): the header's length, a 64-bit integer, low byte first;
+the header, JSON that gives each tensor's dtype, shape and byte range; then the data, tensor after tensor without gaps.
+Every range is checked against the file before anything is mapped, so that no header, wrong or hostile, can make a later
+read leave the file.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _entry(path: Path, name: str, fields: Any) -> _Entry:
         raise InputError(f"{where}: shape {quote(shape)} is not a list of at most {MAX_RANK} sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{where}: data_offsets {quote(offsets)} are not a begin and an end")
-    expected = math.prod(shape) * dtype.itemsize
+    expected = math.prod(shape) * dtype.numpy().itemsize
     if offsets[1] - offsets[0] != expected:
         found = offsets[1] - offsets[0]
         raise InputError(
@@ -184,7 +184,7 @@ def _check_coverage(path: Path, entries: list[_Entry], size: int) -> None:
 def _mapped(state: _FileState) -> mmap.mmap:
     """The file's bytes, read-only. A mapping dropped from the cache lives on as long as an array looks into it."""
     try:
-        with open(state.path, "rb") as file:
+        with Path(state.path).open("rb") as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != (state.size, state.modified_ns):
                 raise InputError(f"{show(state.path)}: changed since it was opened", "start again")
