@@ -101,11 +101,14 @@ class _Decoder:
         return self.linear(f"{prefix}.o_proj", merged)
 
     def cache_inputs(self, number: int, layer: LayerConfig) -> list[ir.Value]:
-        shape = self.cache_shape("past_sequence", layer)
+        batch, heads, length, width = self.cache_shape("past_sequence", layer)
+        growing = self.kv_cache == "growing"
+        shape = [batch, "past_heads", length, "past_head_dim"] if growing else [batch, heads, length, width]
         names = (f"past_key_values.{number}.{name}" for name in ("key", "value"))
         values = [_value(name, ir.DataType.FLOAT, shape) for name in names]
         self.inputs += values
-        return values
+        # A client that does not know Llama 4 (optimum) may start with an empty past of another shape.
+        return [self.b.reshape(value, [0, int(heads), -1, int(width)]) for value in values] if growing else values
 
     def cache_shape(self, length: str, layer: LayerConfig) -> list[str | int]:
         """Caches that may differ in length need dimension names of their own, or a runtime would hold them equal."""

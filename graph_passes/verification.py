@@ -1,0 +1,125 @@
+"""``convert --verify-passes``: run the graph before and after a pass and compare what it computes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from l4convert.checkpoint.config import DecoderConfig, LayerConfig
+from l4convert.errors import BackendMissing, CheckFailed, InputError
+from l4convert.graph_passes.base import Pass, PassReport
+from l4convert.progress import Progress
+from l4convert.quantization.recipe import Recipe
+
+#: Largest |difference| of any output that an exact pass may make, relative to the largest |value| of that output.
+EXACT_TOLERANCE = 1e-4
+Arrays = dict[str, np.ndarray]
+
+
+def verified(
+    graph_pass: Pass, model: ir.Model, recipe: Recipe, config: DecoderConfig, kv_cache: str, progress: Progress
+) -> PassReport:
+    """Run a pass; fail if it changed what the graph computes.
+
+    The graph is run in ONNX Runtime on a cache of noise that ends shortly before a chunk boundary: once inside the
+    chunk, once across its end, and once as a batch with padding. After a pass that is not exact (quantization) the
+    outputs only have to be finite: their distance is what ``validate`` measures.
+
+    Raises:
+        CheckFailed: An output differs or is not finite.
+        InputError: The weights do not fit in memory, in which the graph has to run.
+    """
+    _check_memory(model)
+    with progress.task(f"Verifying {graph_pass.name}", total=2, unit="runs") as task:
+        before = _run(model, config, kv_cache)
+        task.advance(1)
+        report = graph_pass(model, recipe)
+        after = _run(model, config, kv_cache)
+        task.advance(1)
+    for name, expected in before.items():
+        _compare(graph_pass, name, expected, after[name])
+    return report
+
+
+def _compare(graph_pass: Pass, name: str, expected: np.ndarray, actual: np.ndarray) -> None:
+    if expected.shape != actual.shape:
+        raise CheckFailed(f"pass {graph_pass.name}: {name} has shape {actual.shape}, {expected.shape} before")
+    if not np.isfinite(actual).all():
+        raise CheckFailed(f"pass {graph_pass.name}: {name} is not finite")
+    difference = float(np.abs(actual - expected).max(initial=0.0))
+    limit = EXACT_TOLERANCE * float(np.abs(expected).max(initial=0.0))
+    if graph_pass.exact and not difference <= limit:
+        raise CheckFailed(f"pass {graph_pass.name}: {name} differs by {difference:.3g}, more than {limit:.3g}")
+
+
+def _run(model: ir.Model, config: DecoderConfig, kv_cache: str) -> Arrays:
+    """All outputs of all probes, named ``probe: output``; key/value slots of padding and unwritten slots left out."""
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise BackendMissing("--verify-passes needs ONNX Runtime: pip install onnxruntime-gpu") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory(prefix="l4convert-verify-") as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model, path, external_data="weights.bin")
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        results: Arrays = {}
+        for probe, feeds in probes(config, kv_cache):
+            real = feeds["attention_mask"][:, -feeds["input_ids"].shape[1] :] > 0
+            outputs = dict(zip(names, session.run(None, feeds), strict=True))
+            results[f"{probe}: logits"] = outputs["logits"][real]
+            if real.all():
+                results |= {f"{probe}: {name}": value for name, value in outputs.items() if name != "logits"}
+        return results
+
+
+def probes(config: DecoderConfig, kv_cache: str) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
+    """Named inputs of the decoder, always the same ones."""
+    chunk = config.attention_chunk_size
+    past = max(chunk - 3, 0)
+    rng = np.random.default_rng(0)
+    cases = {"inside a chunk": (1, min(2, chunk)), "across a boundary": (1, 7), "padded batch": (2, 7)}
+    for name, (batch, new) in cases.items():
+        mask = np.ones((batch, past + new), np.int64)
+        if batch > 1:
+            mask[1, :2] = mask[1, past + 1] = 0
+        feeds = {"input_ids": rng.integers(0, config.vocab_size, (batch, new)), "attention_mask": mask}
+        for number, layer in enumerate(config.layers):
+            shape = (batch, config.num_key_value_heads, _slots(layer, chunk, past, new, kv_cache), config.head_dim)
+            for part in ("key", "value"):
+                noise = rng.standard_normal(shape).astype(np.float32)
+                feeds[f"past_key_values.{number}.{part}"] = noise
+        yield name, feeds
+
+
+def _slots(layer: LayerConfig, chunk: int, past: int, new: int, kv_cache: str) -> int:
+    if kv_cache != "static":
+        return past
+    return min(chunk, past + new) if layer.chunked else past + new
+
+
+def _check_memory(model: ir.Model) -> None:
+    """The graph runs in float32, once as a file and once in a session."""
+    elements = sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value)
+    needed = 2 * 4 * elements
+    available = _available_memory()
+    if needed > available:
+        raise InputError(
+            f"--verify-passes runs the graph and needs about {needed / 1e9:.1f} GB of memory; {available / 1e9:.1f} GB are free",
+            "verify on a checkpoint of the same layout with fewer or smaller layers",
+        )
+
+
+def _available_memory() -> int:
+    """Bytes, from /proc/meminfo; without it, no limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1 << 62
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
