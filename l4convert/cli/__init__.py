@@ -1,15 +1,19 @@
-"""The command line: parse, call the library, render. Commands are loaded when they are named, their heavy imports when they run."""
+"""The command line: parse, call the library, render.
+
+A command is imported when it is named, and what it needs when it runs, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from l4convert import __version__
-from l4convert.cli._errors import report
+from l4convert.cli._errors import drop_output, report
 from l4convert.cli._settings import Settings, global_options
 
 # Name -> module, in the order in which a newcomer needs them. Each module has a click command called `command`.
@@ -34,8 +38,9 @@ Start here:
   l4convert generate OUT --prompt "def main"          use it
 
 \b
-Every option has an environment variable (L4CONVERT_CONVERT_RECIPE=fp8 for `convert --recipe fp8`) and may have a default in
-a TOML file (l4convert.toml: a table [convert] with recipe = "fp8"). Flags win over variables, variables over the file.
+Every option has an environment variable (L4CONVERT_CONVERT_RECIPE=fp8 for `convert --recipe fp8`), and may have a
+default in a TOML file (l4convert.toml: a table [convert] with recipe = "fp8"). Flags win over variables, and
+variables over the file.
 
 \b
 Exit codes: 0 done, 1 internal error, 2 usage, 3 bad input, 4 a parity or integrity check failed,
@@ -56,11 +61,21 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # before click makes an anonymous exit code 1 of it
+            raise click.exceptions.Exit(drop_output()) from None
+
 
 @click.group(
     cls=LazyGroup,
     epilog=EPILOG,
-    context_settings={"auto_envvar_prefix": "L4CONVERT", "help_option_names": ["-h", "--help"], "max_content_width": 120},
+    context_settings={
+        "auto_envvar_prefix": "L4CONVERT",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+    },
 )
 @global_options
 @click.version_option(__version__, "-V", "--version", message="l4convert %(version)s")
@@ -75,7 +90,9 @@ def run(args: Sequence[str] | None = None) -> int:
         # Not standalone: click returns the code of an early exit (--help), and leaves errors to us.
         code = cli.main(args=args, prog_name="l4convert", standalone_mode=False, obj=settings)
         sys.stdout.flush()  # a broken pipe must show here, where it is handled
-    except BaseException as error:  # noqa: BLE001 - the one place where everything ends as an exit code
+    except SystemExit as error:  # how click ends after a completion request
+        return error.code if isinstance(error.code, int) else 1
+    except BaseException as error:  # the one place where everything ends as an exit code
         return report(error, settings)
     return code if isinstance(code, int) else 0
 

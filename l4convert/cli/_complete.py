@@ -24,4 +24,6 @@ def target_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) 
     """Offer the rows of the table of targets."""
     from l4convert.targets import TARGETS
 
-    return [CompletionItem(name, help=target.summary) for name, target in TARGETS.items() if name.startswith(incomplete)]
+    return [
+        CompletionItem(name, help=target.summary) for name, target in TARGETS.items() if name.startswith(incomplete)
+    ]

@@ -1,4 +1,4 @@
-"""Defaults from a TOML file: top-level keys for global options, one table a command. Flags and environment win over it."""
+"""Defaults from a TOML file: top-level keys for global options, one table a command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_config(path: Path, group: click.Group, ctx: click.Context) -> dict[str,
     """Read a file into the form of click's ``default_map``: option name -> value, command name -> such a map.
 
     Raises:
-        UsageError: The file cannot be read, is not TOML, or has a key that is no option (so that a typo is never silent).
+        UsageError: The file cannot be read, is not TOML, or has a key that is no option (a typo must not be silent).
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))

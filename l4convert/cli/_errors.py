@@ -31,10 +31,8 @@ _REFUSALS = {
 
 def report(error: BaseException, settings: Settings) -> int:
     """Explain ``error`` on stderr and return the process's exit code."""
-    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # click raises SystemExit
-        # Python flushes stdout again at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    if isinstance(error, BrokenPipeError):
+        return drop_output()
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return error.exit_code
@@ -52,6 +50,12 @@ def report(error: BaseException, settings: Settings) -> int:
     if known.hint:
         click.echo(f"hint: {known.hint}", err=True)
     return known.exit_code
+
+
+def drop_output() -> int:
+    """Let Python's last flush of stdout, whose reader is gone, go nowhere; the exit code for that."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
 
 
 def _translate(error: BaseException) -> L4Error | None:

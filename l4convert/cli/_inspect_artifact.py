@@ -13,8 +13,9 @@ import onnx
 from l4convert.cli._inspect_checkpoint import layer_rows
 from l4convert.cli._render import count, fields, size, table
 from l4convert.emit import read_manifest
+from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError
-from l4convert.runtime.manifest import MODEL_FILE, read_artifact
+from l4convert.runtime import read_artifact
 
 # Inputs that hold quantized weights, and those that hold their scales and zero points, by operator (ONNX and ONNX
 # Runtime's ContribOperators.md). Packed operators keep two 4-bit weights a byte.
@@ -106,14 +107,10 @@ def _operator(node: onnx.NodeProto) -> str:
 
 def _nbytes(tensor: onnx.TensorProto) -> int:
     """Bytes as stored; ONNX packs 4-bit types two to a byte."""
-    bits = {
-        onnx.TensorProto.INT4: 4,
-        onnx.TensorProto.UINT4: 4,
-        onnx.TensorProto.FLOAT4E2M1: 4,
-    }.get(tensor.data_type)
-    if bits is None:
-        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    four_bits = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
+    if tensor.data_type in four_bits:
+        return (math.prod(tensor.dims) + 1) // 2
+    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _by_dtype(weights: Iterable[tuple[str, str, list[int], int]]) -> dict[str, int]:
@@ -158,9 +155,8 @@ def _io(payload: dict[str, Any]) -> str:
     rows: list[tuple[object, ...]] = []
     for kind in ("inputs", "outputs"):
         caches = [value for value in payload[kind] if ".key" in value["name"] or ".value" in value["name"]]
-        for value in payload[kind]:
-            if value not in caches[2:]:
-                rows.append((kind[:-1], value["name"], value["dtype"], value["shape"]))
+        shown = [value for value in payload[kind] if value not in caches[2:]]
+        rows += [(kind[:-1], value["name"], value["dtype"], value["shape"]) for value in shown]
         if len(caches) > 2:
             rows.append((kind[:-1], f"... and {count(len(caches) - 2)} more caches", "", ""))
     return table(["", "name", "dtype", "shape"], rows)

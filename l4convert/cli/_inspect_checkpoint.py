@@ -66,6 +66,7 @@ def _summary(checkpoint: Checkpoint, payload: dict[str, Any]) -> str:
     scaling = config.rope_scaling
     rope = f"theta {config.rope_theta:g}" + (", unscaled" if scaling is None else f", scaled by {scaling.factor:g}")
     active = f"{count(payload['active_parameters'])} active per token"
+    experts = f"{config.num_local_experts} of width {config.intermediate_size}, top {config.num_experts_per_tok}"
     return fields(
         [
             ("checkpoint", checkpoint.path),
@@ -76,12 +77,11 @@ def _summary(checkpoint: Checkpoint, payload: dict[str, Any]) -> str:
             ("hidden size", config.hidden_size),
             ("attention", f"{config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} KV"),
             ("RoPE", rope + (", QK norm" if config.use_qk_norm else ", no QK norm")),
-            ("experts", f"{config.num_local_experts} of width {config.intermediate_size}, "
-                        f"top {config.num_experts_per_tok}, and a shared one"),
+            ("experts", f"{experts}, and a shared one"),
             ("vocabulary", f"{config.vocab_size:,}" + (", tied head" if config.tie_word_embeddings else "")),
             ("positions", f"{config.max_position_embeddings:,}"),
         ]
-    )  # fmt: skip
+    )
 
 
 def layer_rows(config: DecoderConfig) -> list[tuple[str, str]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
     """Columns two spaces apart; those whose index is in ``right`` are aligned to the right."""
     cells = [[str(cell) for cell in row] for row in [headers, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
-    lines = [[cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-             for row in cells]  # fmt: skip
-    lines.insert(1, ["-" * width for width in widths])
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [
+        [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)] for row in cells
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
@@ -23,7 +25,7 @@ def fields(pairs: Sequence[tuple[str, object]]) -> str:
 
 def ranges(indices: Sequence[int]) -> str:
     """Sorted indices in short: ``0-2, 4-6`` or, for an even step over 1, ``3, 7, ..., 47``."""
-    steps = {b - a for a, b in zip(indices, indices[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(indices)}
     if len(indices) > 3 and len(steps) == 1 and steps != {1}:
         return f"{indices[0]}, {indices[1]}, ..., {indices[-1]}"
     runs: list[list[int]] = []

@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass
 class Settings:
-    """The global options, filled while the command line is parsed; they may stand before or after the command's name."""
+    """The global options, filled while the command line is parsed; they may stand before and after the command."""
 
     json: bool = False
     quiet: bool = False

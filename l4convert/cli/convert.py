@@ -44,7 +44,8 @@ Examples:
 @click.option("--target", default="cpu", show_default=True, metavar="NAME", shell_complete=target_names,
               help="What to make it for; `l4convert targets` lists them.")  # fmt: skip
 @click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE",
-              shell_complete=one_of("int4", "fp8", "fp8-experts", "none"), help="How to quantize; see below.")  # fmt: skip
+              help="How to quantize; see below.",
+              shell_complete=one_of("int4", "fp8", "fp8-experts", "none"))  # fmt: skip
 @click.option("--block-size", type=click.Choice([32, 64, 128]),
               help="Weights that share an INT4 scale.  [default: the recipe's]")  # fmt: skip
 @click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]), default="growing", show_default=True,
@@ -54,7 +55,7 @@ Examples:
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already at OUT.")
 @global_options
 @click.pass_context
-def command(ctx: click.Context, *, dry_run: bool, **values: Any) -> None:
+def command(ctx: click.Context, /, *, dry_run: bool, **values: Any) -> None:
     """Convert the checkpoint in folder CKPT into an ONNX artifact.
 
     Everything is checked before anything is written, and OUT appears only when it is complete.

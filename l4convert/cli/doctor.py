@@ -106,7 +106,7 @@ def _core_package(name: str, module: str) -> Package:
     found = _installed(name)
     try:
         importlib.import_module(module)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user needs to know
+    except Exception as error:  # whatever it is, the user needs to know
         return Package(name, found, f"{type(error).__name__}: {error}")
     return Package(name, found)
 
@@ -130,7 +130,7 @@ def _runtime() -> dict[str, Any]:
         return result
     try:
         result["providers"] = importlib.import_module("onnxruntime").get_available_providers()
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         result["problems"].append(f"onnxruntime: {type(error).__name__}: {error}")
         result["broken"] = True
     return result

@@ -178,7 +178,7 @@ def test_precedence_flag_environment_file_default(probe, capsys, monkeypatch):
 
 @pytest.mark.parametrize("before", [True, False])
 def test_config_before_or_after_the_command(probe, capsys, before):
-    Path("my.toml").write_text('verbose = true\n[probe]\nblock_size = 128\n')
+    Path("my.toml").write_text("verbose = true\n[probe]\nblock_size = 128\n")
     args = ["--config", "my.toml", "probe", "--json"] if before else ["probe", "--config", "my.toml", "--json"]
     assert cli.run(args) == 0
     content = json.loads(capsys.readouterr().out)
@@ -235,7 +235,11 @@ def test_every_command_has_help_examples_and_the_global_options(name, capsys):
 
 def test_help_lists_every_command(capsys):
     assert cli.run(["--help"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.partition("Commands:")[2].splitlines() if line[2:3].isalpha()]
+    listed = [
+        line.split()[0]
+        for line in capsys.readouterr().out.partition("Commands:")[2].splitlines()
+        if line[2:3].isalpha()
+    ]
     assert listed[: len(cli.COMMANDS)] == list(cli.COMMANDS)
 
 
@@ -257,7 +261,12 @@ def complete(words: str, cwd: Path) -> list[str]:
     parts = words.split(" ")
     request = {"_L4CONVERT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(parts) - 1)}
     done = subprocess.run(
-        [sys.executable, "-m", "l4convert"], capture_output=True, text=True, check=True, cwd=cwd, env=ENVIRONMENT | request
+        [sys.executable, "-m", "l4convert"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=cwd,
+        env=ENVIRONMENT | request,
     )
     return [line.partition(",")[2] for line in done.stdout.splitlines()]
 

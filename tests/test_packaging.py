@@ -1,0 +1,103 @@
+"""What a user's `pip install` gets: a wheel built from a copy of the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from l4convert.cli.doctor import CORE, EXTRAS
+
+REPO = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+LINKS = ("graph_passes", "plugins", "targets")
+
+
+def canonical(requirement: str) -> str:
+    """The distribution's name in a requirement, as package indexes compare names (PEP 503)."""
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert name is not None, requirement
+    return re.sub(r"[-_.]+", "-", name.group()).lower()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built without network, from a copy so that no build folder is left in the repository."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("l4convert", *LINKS):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPO / name, source / name, symlinks=True, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, source)
+    dist = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+def test_the_links_are_links():
+    for name in LINKS:
+        assert os.readlink(REPO / "l4convert" / name) == f"../{name}"
+
+
+def test_the_wheel_has_every_module_and_data_file_under_one_name(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in packed} == {"l4convert"}
+    tracked = {
+        path.relative_to(REPO)
+        for top in ("l4convert", *LINKS)
+        for pattern in ("*.py", "*.toml", "py.typed")
+        for path in (REPO / top).rglob(pattern)
+    }
+    wanted = {path.as_posix() if path.parts[0] == "l4convert" else f"l4convert/{path.as_posix()}" for path in tracked}
+    assert len(wanted) > 20
+    assert packed == wanted
+
+
+def test_the_wheel_runs_from_outside_the_repository(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    code = "import l4convert.targets, sys; from l4convert.cli import run; print(l4convert.targets.__file__); run(['-V'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+    where, version = done.stdout.splitlines()
+    assert where.startswith(str(tmp_path))
+    assert version == f"l4convert {wheel.name.split('-')[1]}"
+
+
+def test_doctor_knows_the_declared_dependencies():
+    assert {canonical(name) for name in CORE} == {canonical(name) for name in PYPROJECT["dependencies"]}
+    declared = {name: {canonical(r) for r in listed} for name, listed in PYPROJECT["optional-dependencies"].items()}
+    del declared["dev"]
+    assert {name: {canonical(p) for p in extra["packages"]} for name, extra in EXTRAS.items()} == declared
+
+
+def test_every_declared_dependency_is_pinned():
+    lines = (REPO / "constraints.txt").read_text().splitlines()
+    pinned = {canonical(line) for line in lines if not line.startswith("#") and "==" in line}
+    listed = [*PYPROJECT["dependencies"], *(r for extra in PYPROJECT["optional-dependencies"].values() for r in extra)]
+    assert {canonical(requirement) for requirement in listed} <= pinned
+
+
+def test_the_package_imports_without_its_optional_and_heavy_dependencies():
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "for name in ('onnxruntime', 'torch', 'transformers', 'tokenizers'):\n"
+        "    sys.modules[name] = None\n"  # makes its import fail
+        "import l4convert\n"
+        "for module in pkgutil.walk_packages(l4convert.__path__, 'l4convert.'):\n"
+        "    if not module.name.endswith('__main__'):\n"
+        "        importlib.import_module(module.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPO)
+    assert done.returncode == 0, done.stderr[-2000:]
