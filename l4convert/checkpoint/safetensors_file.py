@@ -1,9 +1,9 @@
 """Reading safetensors files strictly and lazily.
 
-The layout (https://github.com/huggingface/safetensors, "Format"): the header's length, a 64-bit integer, low byte first;
-the header, JSON that gives each tensor's dtype, shape and byte range; then the data, tensor after tensor without gaps.
-Every range is checked against the file before anything is mapped, so that no header, wrong or hostile, can make a later
-read leave the file.
+The layout (https://github.com/huggingface/safetensors, "Format"): the header's length, a little-endian 64-bit
+integer; the header, JSON that gives each tensor's dtype, shape and byte range; then the data, tensor after tensor
+without gaps. Every range is checked against the file before anything is mapped, so that no header, wrong or hostile,
+can make a later read leave the file.
 """
 
 from __future__ import annotations
