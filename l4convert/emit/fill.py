@@ -53,10 +53,10 @@ def write_weights(
     digest = RegionDigest(descriptor)
     pending: dict[str, Future[str]] = {}
     try:
-        with progress.task("Writing weights", total=plan.total_bytes, unit="B") as task:
+        with progress.task("Writing weights", total=plan.written_bytes, unit="B") as task:
             with reported(f"{path.name}: cannot be written"):
                 os.ftruncate(descriptor, plan.total_bytes)  # the gaps between tensors read as zeros
-            file = _File(path, descriptor, plan.total_bytes, task)
+            file = _File(path, descriptor, plan.written_bytes, task)
             file.write(0, plan.header, "header")
             for group in plan.groups:
                 _fill(file, group)

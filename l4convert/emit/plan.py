@@ -59,6 +59,11 @@ class WeightsPlan:
         """All tensors in file order, fillers left out."""
         return (tensor for group in self.groups for tensor in group)
 
+    @property
+    def written_bytes(self) -> int:
+        """What is really written: ``total_bytes`` less the fillers, which are holes that read as zeros."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
 
 def plan_weights(model: ir.Model) -> WeightsPlan:
     """Place every initializer of at least ``EXTERNAL_FROM_BYTES`` bytes.

@@ -34,7 +34,7 @@ def _names(path: Path) -> list[str]:
 @settings(max_examples=60, deadline=None)
 @given(TENSORS)
 def test_any_set_of_tensors_is_a_valid_page_aligned_file(
-    tmp_path_factory: pytest.TempPathFactory, shapes: list
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[Any]
 ) -> None:
     arrays = {f"t{i}": values(dtype, shape, i) for i, (dtype, shape) in enumerate(shapes)}
     lazy = {name: Weight(array, name) for name, array in arrays.items()}
