@@ -146,10 +146,11 @@ def _compare(name: str, entry: Mapping[str, Any], size: int, digest: str) -> lis
 def _check_weights(
     out: Path, file: Mapping[str, Any] | None, tensors: Mapping[str, Mapping[str, Any]], task: Task, has_graph: bool
 ) -> list[str]:
+    path = out / WEIGHTS_FILE
     try:
-        header = open_safetensors(out / WEIGHTS_FILE)
+        header = open_safetensors(path)
     except InputError as error:
-        return [error.message]
+        return [f"{WEIGHTS_FILE}: {error.message.removeprefix(f'{show(path)}: ')}"]
     stored = {name: tensor for name, tensor in header.items() if not name.startswith(FILLER_PREFIX)}
     where = f"{WEIGHTS_FILE}: tensor"
     problems = [f"{where} {show(name)} is missing" for name in tensors if name not in stored]
