@@ -9,7 +9,7 @@ import numpy as np
 
 from l4convert.errors import InputError, UsageError
 from l4convert.runtime.manifest import read_artifact, read_json
-from l4convert.runtime.runner import FloatArray, Runner, Stream
+from l4convert.runtime.runner import IntArray, Runner, Stream
 from l4convert.runtime.sampling import Sampler
 from l4convert.runtime.tokenizer import TextTokenizer
 
@@ -25,6 +25,7 @@ def generate(
     max_new_tokens: int,
     sampler: Sampler,
     eos_ids: Collection[int] = (),
+    prefill_tokens: int = PREFILL_TOKENS,
 ) -> Iterator[int]:
     """Continue one prompt.
 
@@ -34,6 +35,7 @@ def generate(
         max_new_tokens: The most tokens to yield.
         sampler: Chooses each token.
         eos_ids: Tokens that end the text; the one that does is yielded too, as the last.
+        prefill_tokens: How many tokens of the prompt to feed at once.
 
     Yields:
         Token ids, each as soon as it is known.
@@ -46,29 +48,23 @@ def generate(
         raise UsageError("the prompt has no tokens", "Give a prompt of at least one token.")
     if max_new_tokens < 1:
         raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 1")
-    return _continue(runner.start(1), prompt_ids, max_new_tokens, sampler, eos_ids)
+    prompt = np.array([prompt_ids], np.int64)
+    parts = [prompt[:, start : start + prefill_tokens] for start in range(0, prompt.shape[1], prefill_tokens)]
+    return _continue(runner.start(1), parts, max_new_tokens, sampler, eos_ids)
 
 
 def _continue(
-    stream: Stream, prompt_ids: Sequence[int], max_new_tokens: int, sampler: Sampler, eos_ids: Collection[int]
+    stream: Stream, parts: Sequence[IntArray], max_new_tokens: int, sampler: Sampler, eos_ids: Collection[int]
 ) -> Iterator[int]:
-    logits = _prefill(stream, prompt_ids)
+    for part in parts[:-1]:
+        stream.step(part)
+    logits = stream.step(parts[-1])[0, -1]
     for made in range(1, max_new_tokens + 1):
         token = sampler(logits)
         yield token
         if token in eos_ids or made == max_new_tokens:
             return
         logits = stream.step(np.array([[token]], np.int64))[0, -1]
-
-
-def _prefill(stream: Stream, prompt_ids: Sequence[int]) -> FloatArray:
-    """Feed the prompt; the logits [vocabulary] after its last token."""
-    ids = np.array([prompt_ids], np.int64)
-    starts = range(0, ids.shape[1], PREFILL_TOKENS)
-    for start in starts[:-1]:
-        stream.step(ids[:, start : start + PREFILL_TOKENS])
-    logits: FloatArray = stream.step(ids[:, starts[-1] :])[0, -1]
-    return logits
 
 
 def generate_text(

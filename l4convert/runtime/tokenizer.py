@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from l4convert.errors import InputError
-from l4convert.runtime.manifest import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,7 +28,7 @@ class TextTokenizer:
 
     @classmethod
     def open(cls, folder: Path) -> TextTokenizer:
-        """Load ``tokenizer.json`` and ``tokenizer_config.json`` from an artifact or checkpoint.
+        """Load ``tokenizer.json`` from an artifact or checkpoint.
 
         Raises:
             InputError: The file is absent or damaged.
@@ -46,9 +45,7 @@ class TextTokenizer:
             raise InputError(f"{file}: not a tokenizer: {error}") from error
         backend.no_truncation()  # some training scripts save a limit, and dropping text silently is never right
         backend.no_padding()
-        config_file = folder / "tokenizer_config.json"
-        config = read_json(config_file) if config_file.is_file() else {}
-        return cls(backend, *_special_ids(backend, config, file))
+        return cls(backend, *_special_ids(backend, file))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it become special tokens.
@@ -101,30 +98,16 @@ class TextStream:
         return piece
 
 
-def _special_ids(backend: Tokenizer, config: dict[str, Any], file: Path) -> tuple[list[int], list[int]]:
-    """What goes before and after a text, by transformers' rule (``tokenization_utils_tokenizers.py``, version 5).
+def _special_ids(backend: Tokenizer, file: Path) -> tuple[list[int], list[int]]:
+    """What the tokenizer's own post-processor puts before and after a text.
 
-    The tokenizer's own post-processor decides, unless there is none or ``tokenizer_config.json`` has ``add_bos_token``
-    or ``add_eos_token``, which then decide alone.
+    Nothing else has a say: transformers 5 drops ``add_bos_token`` from ``tokenizer_config.json`` when there is a
+    ``tokenizer.json``.
     """
-    if backend.post_processor is None or config.keys() & {"add_bos_token", "add_eos_token"}:
-        before, after = (
-            [_token_id(backend, config[name], file)] if config.get(f"add_{name}") and config.get(name) else []
-            for name in ("bos_token", "eos_token")
-        )
-        return before, after
     probe = "a"
     bare = backend.encode(probe, add_special_tokens=False).ids
     dressed = backend.encode(probe).ids
     start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), None)
-    if start is None:
+    if not bare or start is None:
         raise InputError(f"{file}: its post-processor changes tokens of the text, which no Llama 4 tokenizer does")
     return dressed[:start], dressed[start + len(bare) :]
-
-
-def _token_id(backend: Tokenizer, token: object, file: Path) -> int:
-    text = token.get("content") if isinstance(token, dict) else token
-    number = backend.token_to_id(str(text))
-    if number is None:
-        raise InputError(f"{file}: has no token {text!r}, which tokenizer_config.json names")
-    return int(number)
