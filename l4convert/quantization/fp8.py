@@ -1,0 +1,104 @@
+"""FP8 E4M3 weights: one float32 scale for every output channel.
+
+E4M3 is ONNX's FLOAT8E4M3FN (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433): 4 exponent and 3
+mantissa bits, largest finite value 448, no infinities.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor
+from l4convert.quantization.source import finite_tile
+
+E4M3_MAX = 448.0
+
+# Rows whose largest magnitude is below this are stored as zeros: their scale could be subnormal, which kernels flush.
+_NEGLIGIBLE = np.float32(2.0**-100)
+
+
+def quantize_fp8(weight: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
+    """Quantize every row of a weight by its largest magnitude: s = max|w| / 448, q = w / s to nearest even.
+
+    Args:
+        weight: [..., N, K], BF16, FP16 or FP32.
+
+    Returns:
+        Values FLOAT8E4M3FN [..., N, K], always finite, and scales FLOAT [..., N, 1] (1 for a row of zeros). Their
+        product approximates ``weight``. A tile of either raises :class:`~l4convert.errors.InputError` where the weight
+        is NaN or infinite.
+    """
+    quantizer = _Quantizer(weight)
+    return _Values(quantizer), _Scales(quantizer)
+
+
+def row_scales(magnitude: np.ndarray) -> np.ndarray:
+    """Scales of rows with the given largest magnitudes; float32 to float32, any shape."""
+    scales = magnitude / np.float32(E4M3_MAX)
+    return np.where(magnitude < _NEGLIGIBLE, np.float32(1), scales)
+
+
+def to_e4m3(scaled: np.ndarray) -> np.ndarray:
+    """Round float32 to FLOAT8E4M3FN, ties to even, beyond the largest value to the largest value."""
+    values: np.ndarray = np.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return values
+
+
+class _Quantizer:
+    """What the values and the scales of one weight share: the scales of the rows that were last asked for."""
+
+    def __init__(self, weight: LazyTensor) -> None:
+        self.weight = weight
+        self._last: tuple[tuple[int, int, int], np.ndarray] | None = None
+
+    def values(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        weight = finite_tile(self.weight, batch, rows, cols).astype(np.float32)
+        whole = (cols.start, cols.stop) == (0, self.weight.matrix[2])
+        scales = self.scales(batch, rows, _magnitude(weight) if whole else None)
+        weight /= scales
+        return to_e4m3(weight)
+
+    def scales(self, batch: int, rows: slice, magnitude: np.ndarray | None = None) -> np.ndarray:
+        """float32 [rows, 1]. Whole rows decide, so they are read here unless their largest magnitudes are given."""
+        key, last = (batch, rows.start, rows.stop), self._last
+        if last is None or last[0] != key:
+            last = (key, row_scales(self._magnitudes(batch, rows) if magnitude is None else magnitude))
+            self._last = last  # one assignment: another thread sees the old pair or the new one
+        return last[1]
+
+    def _magnitudes(self, batch: int, rows: slice) -> np.ndarray:
+        width = self.weight.matrix[2]
+        step = max(1, TILE_ELEMENTS // max(1, rows.stop - rows.start))
+        largest = np.zeros((rows.stop - rows.start, 1), np.float32)
+        for start in range(0, width, step):
+            part = finite_tile(self.weight, batch, rows, slice(start, min(start + step, width)))
+            np.maximum(largest, _magnitude(part), out=largest)
+        return largest
+
+
+def _magnitude(weight: np.ndarray) -> np.ndarray:
+    magnitude: np.ndarray = np.abs(weight).max(axis=1, keepdims=True, initial=0).astype(np.float32)
+    return magnitude
+
+
+class _Values(Derived):
+    def __init__(self, quantizer: _Quantizer) -> None:
+        weight = quantizer.weight
+        super().__init__([weight], ir.DataType.FLOAT8E4M3FN, weight.dims, weight.matrix)
+        self._quantizer = quantizer
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self._quantizer.values(batch, rows, cols)
+
+
+class _Scales(Derived):
+    def __init__(self, quantizer: _Quantizer) -> None:
+        weight = quantizer.weight
+        batch, rows, _ = weight.matrix
+        super().__init__([weight], ir.DataType.FLOAT, [*weight.dims[:-1], 1], (batch, rows, 1))
+        self._quantizer = quantizer
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self._quantizer.scales(batch, rows)[:, cols]

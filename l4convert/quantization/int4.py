@@ -1,0 +1,220 @@
+"""INT4 weights: symmetric, a float32 scale for every block of consecutive K, values in [-8, 7] (ONNX's blocked form).
+
+The arithmetic is :func:`int4_blocks`: float32 elementwise operations and sums of a fixed order, so that every machine
+and any number of threads give the same bytes. The rest serves it tile by tile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor
+from l4convert.quantization.source import finite_tile
+
+BLOCK_SIZES = (32, 64, 128)
+SCALE_RULES = ("absmax", "lse")
+
+_LOW, _HIGH = -8.0, 7.0
+
+# A block whose largest magnitude is below this is stored as zeros: its scale could be subnormal, which kernels flush.
+_NEGLIGIBLE = np.float32(2.0**-100)
+
+# "lse" tries extreme/divisor for each of these as a block's scale, in this order (a tie goes to the first). Negative
+# ones put the block's extreme element at -8, the end of the grid that the positive side lacks. A step half as long
+# lowers the error by 0.1 % and doubles the time.
+_DIVISORS = tuple(np.float32(sign * half / 2) for half in range(11, 21) for sign in (1, -1))
+_REFINEMENTS = 2
+
+# Elements per call of the arithmetic: a handful of float32 arrays of this size stay in a core's cache.
+_CHUNK = 1 << 16
+
+
+def quantize_int4(weight: LazyTensor, block_size: int, scale: str) -> tuple[LazyTensor, LazyTensor]:
+    """Quantize the rows of a weight in blocks along its last axis.
+
+    Ask for the values and then the scales of the same tile (columns ``block_size`` times fewer) in one thread, and the
+    arithmetic runs once for both.
+
+    Args:
+        weight: [..., N, K], BF16, FP16 or FP32.
+        block_size: One of :data:`BLOCK_SIZES`. K need not be a multiple: the last block is then shorter.
+        scale: One of :data:`SCALE_RULES`; see :func:`int4_blocks`.
+
+    Returns:
+        Values INT4 [..., N, K] and scales FLOAT [..., N, ceil(K / block_size)]. Their product approximates ``weight``
+        (ONNX ``DequantizeLinear`` with ``axis=-1`` and this ``block_size``). A tile of either raises
+        :class:`~l4convert.errors.InputError` where the weight is NaN or infinite.
+    """
+    if block_size not in BLOCK_SIZES or scale not in SCALE_RULES:
+        raise ValueError(f"unknown INT4 scheme: block size {block_size}, scale {scale!r}")
+    quantizer = _Quantizer(weight, block_size, scale)
+    return _Values(quantizer), _Scales(quantizer)
+
+
+def int4_blocks(weight: np.ndarray, scale: str) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize blocks; ``values * scales`` approximates ``weight``.
+
+    "absmax": s = max|w| / 7. "lse": the s, of either sign, that minimises the squared error sum (w - q s)^2 among
+    :data:`_DIVISORS` and then by alternating the best s for fixed q, sum w q / sum q^2, with the best q for that s.
+
+    Args:
+        weight: float32 [R, nb, bs], finite; bs a power of two.
+        scale: One of :data:`SCALE_RULES`.
+
+    Returns:
+        Values int8 [R, nb, bs] in [-8, 7] and scales float32 [R, nb]; a zero block has values 0 and scale 1.
+    """
+    rows, blocks, size = weight.shape
+    # One block a column: a sum over a block then adds whole rows, in an order that depends on no SIMD width.
+    columns = np.array(weight.transpose(2, 0, 1), order="C").reshape(size, rows * blocks)
+    high, low = columns.max(axis=0), columns.min(axis=0)
+    extreme = np.where(high >= -low, high, low)
+    dead = np.abs(extreme) < _NEGLIGIBLE
+    if dead.any():
+        extreme[dead], columns[:, dead] = 1, 1  # anything that divides well
+    values, scales = (_absmax if scale == "absmax" else _least_error)(columns, extreme)
+    values[:, dead], scales[dead] = 0, 1
+    return values.astype(np.int8).T.reshape(rows, blocks, size), scales.reshape(rows, blocks)
+
+
+def _absmax(columns: np.ndarray, extreme: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scales = np.abs(extreme) / np.float32(7)
+    return np.rint(columns / scales), scales
+
+
+def _least_error(columns: np.ndarray, extreme: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales by the search of :func:`int4_blocks`, for blocks [bs, M] and their extremes [M]."""
+    blocks = _UnitBlocks(columns / extreme)
+    best_gain, best_divisor = np.full_like(extreme, -1), np.zeros_like(extreme)
+
+    def attempt(divisor: np.ndarray | np.float32) -> None:
+        projection, energy = blocks.fit(divisor)
+        gain = projection * projection / energy  # the error at the best scale is a constant less this
+        better = gain > best_gain
+        np.copyto(best_gain, gain, where=better)
+        np.copyto(best_divisor, divisor, where=better)
+
+    for divisor in _DIVISORS:
+        attempt(divisor)
+    for _ in range(_REFINEMENTS):
+        projection, energy = blocks.fit(best_divisor)
+        attempt(energy / projection)
+    projection, energy = blocks.fit(best_divisor)
+    return blocks.rounded(best_divisor), projection / energy * extreme
+
+
+class _UnitBlocks:
+    """Blocks [bs, M] divided by their extreme element, so that the same divisors are candidates for all of them."""
+
+    def __init__(self, unit: np.ndarray) -> None:
+        self._unit = unit
+        self._values = np.empty_like(unit)
+        self._terms = np.empty((len(unit), 2, unit.shape[1]), np.float32)
+
+    def rounded(self, divisor: np.ndarray | np.float32) -> np.ndarray:
+        """The nearest values of the grid for scale ``1 / divisor``, ties to even; overwritten by the next call."""
+        values: np.ndarray = np.multiply(self._unit, divisor, out=self._values)
+        np.rint(values, out=values)
+        np.clip(values, _LOW, _HIGH, out=values)
+        return values
+
+    def fit(self, divisor: np.ndarray | np.float32) -> tuple[np.ndarray, np.ndarray]:
+        """``sum w q`` and ``sum q^2`` of every block for its rounded values q; their quotient is the best scale."""
+        values = self.rounded(divisor)
+        np.multiply(values, self._unit, out=self._terms[:, 0])
+        np.multiply(values, values, out=self._terms[:, 1])
+        projection, energy = _tree_sum(self._terms).copy()
+        return projection, energy
+
+
+def _tree_sum(terms: np.ndarray) -> np.ndarray:
+    """Sum over the first axis (a power of two long) by halving; overwrites ``terms``."""
+    half = len(terms)
+    while half > 1:
+        half //= 2
+        terms[:half] += terms[half : 2 * half]
+    total: np.ndarray = terms[0]
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class _Quantizer:
+    """What the values and the scales of one weight share."""
+
+    weight: LazyTensor
+    block_size: int
+    scale: str
+
+    def tile(self, batch: int, rows: slice, blocks: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Values int8 [rows, blocks, block_size], short blocks zero-filled, and scales float32 [rows, blocks]."""
+        key = (self, batch, rows.start, rows.stop, blocks.start, blocks.stop)
+        recent: deque[_Entry] = _memo.__dict__.setdefault("recent", deque(maxlen=_RECENT))
+        for known, result in recent:
+            if known == key:
+                return result
+        result = self._compute(batch, rows, blocks)
+        recent.append((key, result))
+        return result
+
+    def _compute(self, batch: int, rows: slice, blocks: slice) -> tuple[np.ndarray, np.ndarray]:
+        weight = self._blocks(batch, rows, blocks)
+        values, scales = np.empty(weight.shape, np.int8), np.empty(weight.shape[:2], np.float32)
+        step = max(1, _CHUNK // (weight.shape[1] * weight.shape[2]))
+        for start in range(0, len(weight), step):
+            part = slice(start, start + step)
+            values[part], scales[part] = int4_blocks(weight[part].astype(np.float32), self.scale)
+        return values, scales
+
+    def _blocks(self, batch: int, rows: slice, blocks: slice) -> np.ndarray:
+        columns = slice(blocks.start * self.block_size, min(blocks.stop * self.block_size, self.weight.matrix[2]))
+        weight = finite_tile(self.weight, batch, rows, columns)
+        missing = (blocks.stop - blocks.start) * self.block_size - weight.shape[1]
+        if missing:
+            weight = np.pad(weight, ((0, 0), (0, missing)))
+        return weight.reshape(weight.shape[0], blocks.stop - blocks.start, self.block_size)
+
+
+_Entry = tuple[tuple[object, ...], tuple[np.ndarray, np.ndarray]]
+
+# The last tiles computed in this thread, for all tensors, so that finished ones hold no memory. Two: gate and up rows
+# that are interleaved after quantization are asked for in turn, first their values and then their scales.
+_RECENT = 2
+_memo = threading.local()
+
+
+class _Values(Derived):
+    def __init__(self, quantizer: _Quantizer) -> None:
+        weight = quantizer.weight
+        super().__init__([weight], ir.DataType.INT4, weight.dims, weight.matrix)
+        self._quantizer = quantizer
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        size = self._quantizer.block_size
+        first = cols.start // size
+        values, _ = self._quantizer.tile(batch, rows, slice(first, -(-cols.stop // size)))
+        flat = values.reshape(len(values), -1)[:, cols.start - first * size : cols.stop - first * size]
+        return (flat & np.int8(0x0F)).view(ml_dtypes.int4)  # ml_dtypes keeps the upper nibble clear
+
+
+class _Scales(Derived):
+    def __init__(self, quantizer: _Quantizer) -> None:
+        weight = quantizer.weight
+        batch, rows, cols = weight.matrix
+        blocks = -(-cols // quantizer.block_size)
+        super().__init__([weight], ir.DataType.FLOAT, [*weight.dims[:-1], blocks], (batch, rows, blocks))
+        self._quantizer = quantizer
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        """As :meth:`LazyTensor.tile`; reads and quantizes about ``TILE_ELEMENTS`` elements of the weight at a time."""
+        step = max(1, TILE_ELEMENTS // max(1, (cols.stop - cols.start) * self._quantizer.block_size))
+        if rows.stop - rows.start <= step:
+            return self._quantizer.tile(batch, rows, cols)[1]
+        starts = range(rows.start, rows.stop, step)
+        parts = [self._quantizer.tile(batch, slice(r, min(r + step, rows.stop)), cols)[1] for r in starts]
+        return np.concatenate(parts)

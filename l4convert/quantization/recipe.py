@@ -1,0 +1,211 @@
+"""Recipes: which tensor is quantized how, as data.
+
+A recipe is a TOML file with ``name``, ``description`` and ``[[rule]]`` tables. A rule has a ``pattern`` (shell-style,
+on canonical tensor names; ``*`` also matches dots), a ``scheme`` and that scheme's options. The first rule that matches
+decides; a tensor that no rule matches is left alone.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from l4convert.errors import InputError, UsageError
+from l4convert.quantization.int4 import BLOCK_SIZES, SCALE_RULES
+
+_RECIPE_KEYS = ("name", "description", "rule")
+
+# Scheme -> option -> values it may have in a file.
+_OPTIONS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    "none": {},
+    "int4": {"block_size": BLOCK_SIZES, "scale": SCALE_RULES},
+    "fp8": {"activations": ("dynamic", "none")},
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a tensor is stored.
+
+    Attributes:
+        kind: "none" as it is; "int4" 4-bit blocks; "fp8" E4M3 per output channel.
+        block_size: int4: elements along K that share a scale.
+        scale: int4: how a scale is chosen, see ``int4.int4_blocks``.
+        activations: fp8: the matmul's input is quantized too, with a scale for every token computed as it runs.
+    """
+
+    kind: Literal["none", "int4", "fp8"]
+    block_size: int = 32
+    scale: Literal["absmax", "lse"] = "lse"
+    activations: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a rule table, all options explicit."""
+        options: dict[str, dict[str, Any]] = {
+            "none": {},
+            "int4": {"block_size": self.block_size, "scale": self.scale},
+            "fp8": {"activations": "dynamic" if self.activations else "none"},
+        }
+        return {"scheme": self.kind, **options[self.kind]}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose canonical name matches ``pattern`` are stored by ``scheme``."""
+
+    pattern: str
+    scheme: Scheme
+
+    def matches(self, tensor_name: str) -> bool:
+        """Whether the name matches, in full and case-sensitively."""
+        return fnmatchcase(tensor_name, self.pattern)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in the order in which they are tried."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    description: str = ""
+
+    def rule_for(self, tensor_name: str) -> Rule | None:
+        """The first rule that matches."""
+        return next((rule for rule in self.rules if rule.matches(tensor_name)), None)
+
+    def scheme_for(self, tensor_name: str) -> Scheme:
+        """How the tensor is stored; "none" where no rule matches."""
+        rule = self.rule_for(tensor_name)
+        return rule.scheme if rule else Scheme("none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest; :func:`parse_recipe` reads it back."""
+        rules = [{"pattern": rule.pattern, **rule.scheme.to_dict()} for rule in self.rules]
+        return {"name": self.name, "description": self.description, "rule": rules}
+
+
+def bundled_recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with the package, sorted."""
+    return tuple(sorted(item.name.removesuffix(".toml") for item in _bundle().iterdir() if item.name.endswith(".toml")))
+
+
+def load_recipe(name_or_path: str, block_size: int | None = None) -> Recipe:
+    """Read a bundled recipe by its name, or a file (a path that ends in ``.toml`` or has a folder in it).
+
+    Args:
+        name_or_path: Such as "int4" or "recipes/mine.toml".
+        block_size: Replaces the block size of every INT4 rule.
+
+    Raises:
+        UsageError: No bundled recipe has this name; or ``block_size`` is not one of 32, 64 and 128, or the recipe has
+            no INT4 rule.
+        InputError: The file cannot be read or is not a recipe; the message names the file and the rule.
+    """
+    is_path = name_or_path.endswith(".toml") or Path(name_or_path).name != name_or_path
+    recipe = _load_file(Path(name_or_path)) if is_path else _load_bundled(name_or_path)
+    return recipe if block_size is None else _with_block_size(recipe, block_size)
+
+
+def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe's data and build it.
+
+    Args:
+        data: As parsed from TOML or JSON.
+        where: The file's name, for messages.
+
+    Raises:
+        InputError: Unknown or missing keys, wrong types or values.
+    """
+    _reject_unknown(data, _RECIPE_KEYS, where)
+    name = _text(data, "name", where)
+    description = _text(data, "description", where) if "description" in data else ""
+    rules = data.get("rule", [])
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise InputError(f"{where}: 'rule' must be a list of tables", "write each rule under a [[rule]] heading")
+    parsed = tuple(_parse_rule(rule, f"{where}: rule {index}") for index, rule in enumerate(rules, start=1))
+    return Recipe(name, parsed, description)
+
+
+def unused_rules(recipe: Recipe, names: Iterable[str]) -> tuple[Rule, ...]:
+    """Rules that decide for none of the tensors: they match nothing, or an earlier rule takes all they match."""
+    used = {recipe.rule_for(name) for name in names}
+    return tuple(rule for rule in recipe.rules if rule not in used)
+
+
+def _bundle() -> Any:
+    return resources.files("l4convert.quantization").joinpath("recipes")
+
+
+def _load_bundled(name: str) -> Recipe:
+    names = bundled_recipes()
+    if name not in names:
+        raise UsageError(
+            f"there is no recipe {name!r}; there are {', '.join(names)}",
+            "give one of them, or the path of a .toml file",
+        )
+    return _parse_toml(_bundle().joinpath(f"{name}.toml").read_bytes(), f"recipe {name}")
+
+
+def _load_file(path: Path) -> Recipe:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: the recipe cannot be read: {error.strerror}") from error
+    return _parse_toml(content, str(path))
+
+
+def _parse_toml(content: bytes, where: str) -> Recipe:
+    try:
+        data = tomllib.loads(content.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{where}: not a TOML file: {error}") from error
+    return parse_recipe(data, where)
+
+
+def _parse_rule(rule: Mapping[str, Any], where: str) -> Rule:
+    pattern, kind = _text(rule, "pattern", where), _text(rule, "scheme", where)
+    if kind not in _OPTIONS:
+        raise InputError(f"{where}: unknown scheme {kind!r}", f"one of {', '.join(_OPTIONS)}")
+    allowed = _OPTIONS[kind]
+    _reject_unknown(rule, ("pattern", "scheme", *allowed), where)
+    for option, values in allowed.items():
+        given = rule.get(option, values[0])
+        if not any(type(given) is type(value) and given == value for value in values):
+            raise InputError(f"{where}: {option} = {given!r} is not possible", f"one of {', '.join(map(str, values))}")
+    fields = {option: rule[option] for option in allowed if option in rule}
+    if "activations" in fields:
+        fields["activations"] = fields["activations"] == "dynamic"
+    return Rule(pattern, Scheme(cast("Literal['none', 'int4', 'fp8']", kind), **fields))
+
+
+def _reject_unknown(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    known = tuple(known)
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}", f"possible here: {', '.join(known)}")
+
+
+def _text(data: Mapping[str, Any], key: str, where: str) -> str:
+    value = data.get(key)
+    if not isinstance(value, str) or not value:
+        raise InputError(
+            f"{where}: {key!r} must be a text that is not empty" if key in data else f"{where}: no {key!r}"
+        )
+    return value
+
+
+def _with_block_size(recipe: Recipe, block_size: int) -> Recipe:
+    if block_size not in BLOCK_SIZES:
+        raise UsageError(f"block size {block_size} is not possible", f"one of {', '.join(map(str, BLOCK_SIZES))}")
+    if not any(rule.scheme.kind == "int4" for rule in recipe.rules):
+        raise UsageError(f"recipe {recipe.name} has no int4 rule, so it takes no block size", "leave --block-size out")
+    rules = (
+        replace(rule, scheme=replace(rule.scheme, block_size=block_size)) if rule.scheme.kind == "int4" else rule
+        for rule in recipe.rules
+    )
+    return replace(recipe, rules=tuple(rules))

@@ -1,0 +1,27 @@
+"""Reading the weights that are about to be quantized."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.errors import InputError
+
+
+def finite_tile(weight: LazyTensor, batch: int, rows: slice, cols: slice) -> np.ndarray:
+    """A tile of a weight that is about to be quantized.
+
+    Raises:
+        InputError: It holds NaN or infinity.
+    """
+    tile = weight.tile(batch, rows, cols)
+    broken = tile.size - int(np.count_nonzero(np.isfinite(tile)))
+    if broken:
+        first, *others = weight.sources or (weight.name or "a weight",)
+        more = f" (or one of {len(others)} tensors it is joined with)" if others else ""
+        place = f"rows {rows.start} to {rows.stop - 1} of matrix {batch}"
+        raise InputError(
+            f"{first}{more} has {broken} NaN or infinite values in {place}",
+            "the checkpoint is damaged: compare its files' digests with the publisher's",
+        )
+    return tile
