@@ -9,7 +9,7 @@ from pathlib import Path
 
 from l4convert.progress import Task
 
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 20  # stays in a cache between the digest of the region and that of the file
 
 
 class RegionDigest:
@@ -25,6 +25,7 @@ class RegionDigest:
         self._task = task
         self._file = hashlib.sha256()
         self._position = 0
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def region(self, start: int, stop: int) -> str:
         """SHA-256 of the bytes from ``start`` to ``stop``; what was skipped since the last region counts for the file.
@@ -51,15 +52,16 @@ class RegionDigest:
 
     def _read(self, stop: int, region: hashlib._Hash | None) -> None:
         while self._position < stop:
-            block = os.pread(self._descriptor, min(BLOCK_BYTES, stop - self._position), self._position)
-            if not block:
+            wanted = self._buffer[: min(BLOCK_BYTES, stop - self._position)]
+            count = os.preadv(self._descriptor, [wanted], self._position)
+            if not count:
                 raise OSError(errno.EIO, f"the file ends at byte {self._position}, before {stop}")
-            self._file.update(block)
+            self._file.update(wanted[:count])
             if region is not None:
-                region.update(block)
-            self._position += len(block)
+                region.update(wanted[:count])
+            self._position += count
             if self._task is not None:
-                self._task.advance(len(block))
+                self._task.advance(count)
 
 
 def file_digest(path: Path, task: Task | None = None) -> tuple[int, str]:
