@@ -13,7 +13,7 @@ from itertools import chain, count, islice, zip_longest
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
+from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor
 from l4convert.emit.header import Entry, align, encode_header, stored_as
 
 WEIGHTS_FILE = "model.safetensors"
@@ -93,10 +93,19 @@ def group_chunks(group: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor
 
     The tensors of a group advance by the same rows, so that what they are computed from is read once.
     """
-    columns = max((t.tensor.matrix[2] for t in group if isinstance(t.tensor, LazyTensor)), default=1)
-    rows = max(1, TILE_ELEMENTS // max(1, columns))
+    width = max(_width(planned.tensor) for planned in group)
+    rows = max(1, TILE_ELEMENTS // max(1, width))
     for step in zip_longest(*(_tensor_chunks(planned, rows) for planned in group)):
         yield from (chunk for chunk in step if chunk is not None)
+
+
+def _width(tensor: ir.TensorProtocol) -> int:
+    """The longest row that computing a row of the tensor passes through: what is packed was twice as long before."""
+    if not isinstance(tensor, LazyTensor):
+        return 1
+    parts = tensor.parts if isinstance(tensor, Derived) else ()
+    same_rows = [_width(part) for part in parts if part.matrix[:2] == tensor.matrix[:2]]
+    return max(tensor.matrix[2], *same_rows, 1)
 
 
 def _tensor_chunks(planned: PlannedTensor, rows: int) -> Iterator[tuple[PlannedTensor, int, bytes]]:

@@ -60,12 +60,18 @@ class Staging:
 
 
 def check_destination(out: Path, overwrite: bool, keep_clear_of: Sequence[Path] = ()) -> None:
-    """Refuse destinations that would destroy or mix with something else. ``out`` must be absolute, without links.
+    """Refuse destinations that would destroy or mix with something else; callers may ask long before they write.
 
     Raises:
         UsageError: ``out`` exists (without ``overwrite``, or it is no artifact), is a mount point, or it and one of the
             folders ``keep_clear_of`` lie inside each other.
+        InputError: The filesystem does not let itself be asked.
     """
+    with reported(f"{out}: cannot be used"):
+        _check_destination(Path(os.path.realpath(out)), overwrite, keep_clear_of)
+
+
+def _check_destination(out: Path, overwrite: bool, keep_clear_of: Sequence[Path]) -> None:
     for folder in (Path(os.path.realpath(path)) for path in keep_clear_of):
         if out.is_relative_to(folder) or folder.is_relative_to(out):
             raise UsageError(f"{out}: the output folder must not be, lie in or contain the checkpoint {folder}")

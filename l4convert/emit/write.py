@@ -55,8 +55,7 @@ def write_artifact(
     """
     out = Path(os.path.realpath(out))
     sources = [path.parent for path in sidecars] if checkpoint is None else [checkpoint]
-    with reported(f"{out}: cannot be used"):
-        check_destination(out, overwrite, list(dict.fromkeys(sources)))
+    check_destination(out, overwrite, list(dict.fromkeys(sources)))
     plan = plan_weights(model)
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in (extra_files or {}).items()}
     copies = {path.name: path for path in sidecars if path.name not in contents}

@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from l4convert.checkpoint.lazy import Constant, Mapped
+from l4convert.checkpoint.lazy import Constant, InterleavedHalves, Mapped, Reshaped
 from l4convert.emit.fill import write_weights
 from l4convert.emit.header import PAGE, Entry, align, encode_header
 from l4convert.emit.plan import EXTERNAL_FROM_BYTES, FILLER_PREFIX, group_chunks, plan_weights
 from l4convert.errors import InputError
+from l4convert.quantization.fp8 import quantize_fp8
+from l4convert.quantization.int4 import quantize_int4
+from l4convert.quantization.layouts import matmul_nbits, qmoe
 from tests.emit.models import NUMPY_DTYPES, Weight, holder, initializer, values
 
 TENSORS = st.lists(
@@ -125,6 +128,33 @@ def test_tensors_of_the_same_rows_are_neighbours_and_computed_in_step() -> None:
     for _ in group_chunks(plan.groups[0]):
         pass
     assert log == ["q:0:0", "s:0:0", "q:0:2048", "s:0:2048"]
+
+
+class Counted(Weight):
+    """Counts the elements that are computed."""
+
+    read = 0
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        Counted.read += (rows.stop - rows.start) * (cols.stop - cols.start)
+        return super().tile(batch, rows, cols)
+
+
+@pytest.mark.parametrize("layout", ["plain", "matmul_nbits", "qmoe", "qmoe_interleaved", "fp8"])
+def test_quantized_values_and_scales_read_their_weight_once(layout: str) -> None:
+    weight = Counted(np.ones((2, 3000, 2048), np.float32).astype("bfloat16"), "w")  # more than a tile each
+    source = Reshaped(weight, (6000, 2048)) if layout == "matmul_nbits" else weight
+    q, s = quantize_fp8(source) if layout == "fp8" else quantize_int4(source, 32, "absmax")
+    if layout == "qmoe_interleaved":
+        q, s = InterleavedHalves(q), InterleavedHalves(s)
+    if layout == "matmul_nbits":
+        q = matmul_nbits(q, 32)
+    elif layout.startswith("qmoe"):
+        q = qmoe(q)
+    (group,) = plan_weights(holder({"q": q, "s": s})).groups
+    Counted.read = 0
+    assert sum(len(data) for _, _, data in group_chunks(group)) == q.nbytes + s.nbytes
+    assert Counted.read == weight.size
 
 
 def test_constants_and_in_memory_tensors_are_groups_of_their_own() -> None:
