@@ -6,6 +6,7 @@ A command is imported when it is named, and what it needs when it runs, so that 
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -90,7 +91,7 @@ def run(args: Sequence[str] | None = None) -> int:
         # Not standalone: click returns the code of an early exit (--help), and leaves errors to us.
         code = cli.main(args=args, prog_name="l4convert", standalone_mode=False, obj=settings)
         sys.stdout.flush()  # a broken pipe must show here, where it is handled
-    except SystemExit as error:  # how click ends after a completion request
+    except SystemExit as error:  # a signal, or how click ends after a completion request
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:  # the one place where everything ends as an exit code
         return report(error, settings)
@@ -99,4 +100,10 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of ``l4convert`` and ``python -m l4convert``."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run())
+
+
+def _terminate(number: int, _frame: object) -> None:
+    """End as an exception does, so that half-written folders are removed; 128 + the number is how shells report it."""
+    sys.exit(128 + number)

@@ -109,8 +109,8 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
     """Bytes as stored; ONNX packs 4-bit types two to a byte."""
     four_bits = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
     if tensor.data_type in four_bits:
-        return (math.prod(tensor.dims) + 1) // 2
-    return math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        return (int(math.prod(tensor.dims)) + 1) // 2
+    return int(math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _by_dtype(weights: Iterable[tuple[str, str, list[int], int]]) -> dict[str, int]:
@@ -156,10 +156,14 @@ def _io(payload: dict[str, Any]) -> str:
     for kind in ("inputs", "outputs"):
         caches = [value for value in payload[kind] if ".key" in value["name"] or ".value" in value["name"]]
         shown = [value for value in payload[kind] if value not in caches[2:]]
-        rows += [(kind[:-1], value["name"], value["dtype"], value["shape"]) for value in shown]
+        rows += [(kind[:-1], value["name"], value["dtype"], _shape(value["shape"])) for value in shown]
         if len(caches) > 2:
             rows.append((kind[:-1], f"... and {count(len(caches) - 2)} more caches", "", ""))
     return table(["", "name", "dtype", "shape"], rows)
+
+
+def _shape(dims: list[str | int]) -> str:
+    return f"[{', '.join(map(str, dims))}]"
 
 
 def _bytes_table(payload: dict[str, Any]) -> str:
