@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from l4convert.pipeline import ConvertOptions, convert
+from l4convert.runtime import OrtSession, Sampler, generate
+from tests.checkpoints import write_random_checkpoint
 from tests.interop.artifacts import NEW_TOKENS, crosses_chunk, reference_shortfall
 from tests.interop.conftest import MakeCase
 from tests.interop.environments import run_client
@@ -31,3 +36,15 @@ def test_greedy_text_is_the_references(case: MakeCase) -> None:
     assert len(made.greedy[0]) == NEW_TOKENS
     for prompt, continuation in zip(made.prompts, made.greedy, strict=True):
         assert reference_shortfall(made.checkpoint, prompt, continuation) <= 1e-4
+
+
+def test_text_part_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    """Its config.json nests the decoder's, which the client does not look for."""
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", conditional=True)
+    artifact = tmp_path / "artifact"
+    convert(ConvertOptions(checkpoint, artifact, recipe="none"))
+    prompt = list(range(10, 30))
+    with OrtSession.open(artifact) as session:
+        ours = list(generate(session, prompt, max_new_tokens=20, sampler=Sampler(), eos_ids={2}))
+    answer = run_client("optimum", {"model": str(artifact), "batches": [[prompt]], "new_tokens": 20, "pad": 0})
+    assert answer == {"config": "Llama4TextConfig", "outputs": [[ours]]}
