@@ -1,29 +1,22 @@
-"""What the shell offers for the value of an option. It must never fail and never be slow, so most lists are plain."""
+"""What the shell offers for the value of an option."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import click
 from click.shell_completion import CompletionItem
 
-Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
+def recipe_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the bundled recipes, and files where none fits."""
+    from l4convert.quantization.recipe import bundled_recipes
 
-def one_of(*names: str) -> Completer:
-    """Offer fixed names, and files where none fits."""
-
-    def complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        fitting = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-        return fitting or [CompletionItem(incomplete, type="file")]
-
-    return complete
+    fitting = [CompletionItem(name) for name in bundled_recipes() if name.startswith(incomplete)]
+    return fitting or [CompletionItem(incomplete, type="file")]
 
 
 def target_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the rows of the table of targets."""
     from l4convert.targets import TARGETS
 
-    return [
-        CompletionItem(name, help=target.summary) for name, target in TARGETS.items() if name.startswith(incomplete)
-    ]
+    fitting = {name: target for name, target in TARGETS.items() if name.startswith(incomplete)}
+    return [CompletionItem(name, help=target.summary) for name, target in fitting.items()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l4convert.cli._complete import one_of, target_names
+from l4convert.cli._complete import recipe_names, target_names
 from l4convert.cli._render import fields, size, table
 from l4convert.cli._settings import Settings, global_options, settings_of
 
@@ -45,7 +45,7 @@ Examples:
               help="What to make it for; `l4convert targets` lists them.")  # fmt: skip
 @click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE",
               help="How to quantize; see below.",
-              shell_complete=one_of("int4", "fp8", "fp8-experts", "none"))  # fmt: skip
+              shell_complete=recipe_names)  # fmt: skip
 @click.option("--block-size", type=click.Choice([32, 64, 128]),
               help="Weights that share an INT4 scale.  [default: the recipe's]")  # fmt: skip
 @click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]), default="growing", show_default=True,

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import pytest
@@ -163,6 +163,15 @@ def test_inspect_describes_an_artifact(capsys, artifact):
     text = capsys.readouterr().out
     assert "com.microsoft::QMoE" in text
     assert "... and 6 more caches" in text
+
+
+def test_convert_help_describes_every_recipe_and_cache(capsys):
+    from l4convert.quantization.recipe import bundled_recipes
+    from l4convert.runtime.manifest import KvCache
+
+    assert cli.run(["convert", "--help"]) == 0
+    described = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")}
+    assert described >= {*bundled_recipes(), *get_args(KvCache)}
 
 
 def test_verify_passes_then_fails_on_a_flipped_bit(capsys, artifact, tmp_path):

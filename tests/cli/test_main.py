@@ -278,6 +278,7 @@ def test_completion_offers_commands_options_and_values(tmp_path):
     assert complete("l4convert convert --rec", tmp_path) == ["--recipe"]
     assert complete("l4convert convert --recipe fp8", tmp_path) == ["fp8", "fp8-experts"]
     assert complete("l4convert convert --kv-cache s", tmp_path) == ["static"]
+    assert complete("l4convert convert --target p", tmp_path) == ["portable"]
 
 
 def test_a_closed_pipe_is_silent():
