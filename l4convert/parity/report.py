@@ -76,7 +76,7 @@ def write_junit(report: ParityReport, file: Path) -> None:
     failed = sum(not row.passed for row in rows)
     counts = {"tests": str(max(len(rows), 1)), "failures": str(failed if rows else 1), "errors": "0"}
     suites = ElementTree.Element("testsuites", counts)
-    suite = ElementTree.SubElement(suites, "testsuite", {"name": f"parity {report.artifact}", **counts})
+    suite = ElementTree.SubElement(suites, "testsuite", {"name": _xml_safe(f"parity {report.artifact}"), **counts})
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in _facts(report):
         ElementTree.SubElement(properties, "property", {"name": name, "value": _xml_safe(value)})
@@ -89,7 +89,8 @@ def write_junit(report: ParityReport, file: Path) -> None:
 
 
 def _junit_case(suite: ElementTree.Element, report: ParityReport, name: str, reasons: Sequence[str]) -> None:
-    case = ElementTree.SubElement(suite, "testcase", {"name": name, "classname": f"parity.{report.recipe}"})
+    names = {"name": _xml_safe(name), "classname": _xml_safe(f"parity.{report.recipe}")}
+    case = ElementTree.SubElement(suite, "testcase", names)
     if reasons:
         failure = ElementTree.SubElement(case, "failure", {"message": _xml_safe(reasons[0])})
         failure.text = _xml_safe("\n".join(reasons))

@@ -69,10 +69,10 @@ def single_row_splits(length: int, chunk: int) -> tuple[Split, ...]:
 
 def batch_splits(length: int, chunk: int) -> tuple[Split, ...]:
     """Batches of texts of unequal lengths, none over ``length``: a padded prompt, then single tokens for all."""
-    unit = min(chunk, length // 3)
-    lengths = [unit + 3, 2 * unit + unit // 2, max(2, unit // 2)]
-    if max(lengths) > length or min(lengths) < 2:
+    if length < 12:
         return ()
+    unit = max(4, min(chunk, length // 3))
+    lengths = [unit + 3, 2 * unit + unit // 2, unit // 2]
     decoded = min(_DECODED_AFTER_PADDING, min(lengths) - 1)
     prompt = tuple(row - decoded for row in lengths)
     steps = (Call((1,) * len(lengths)),) * decoded

@@ -1,0 +1,68 @@
+"""Runners that are right by construction, and ones that are wrong in one known way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+VOCABULARY = 128
+CHUNK = 8
+
+_TABLE = np.random.default_rng(5).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32)
+
+Fault = Callable[["Fake", list[list[int]], np.ndarray], None]
+
+
+def true_logits(ids: np.ndarray) -> np.ndarray:
+    """Logits [tokens, vocabulary] that depend on every token so far and on how far back each one is."""
+    rows = []
+    state = np.zeros(VOCABULARY, np.float32)
+    for token in ids:
+        state = 0.8 * state + _TABLE[token]
+        rows.append(state)
+    return np.array(rows, np.float32).reshape(-1, VOCABULARY)
+
+
+class Fake:
+    """Reference and runner in one.
+
+    Args:
+        fault: Spoils the logits [B, S, vocabulary] of a call in place; it is given the runner, each row's tokens so far
+            (the call's included) and the logits.
+    """
+
+    def __init__(self, fault: Fault | None = None) -> None:
+        self.fault = fault
+        self.name = "fake"
+        self.logits = true_logits
+
+    def start(self, batch: int) -> FakeStream:
+        return FakeStream(self, batch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class FakeStream:
+    def __init__(self, fake: Fake, batch: int) -> None:
+        self._fake = fake
+        self._rows: list[list[int]] = [[] for _ in range(batch)]
+
+    def step(self, input_ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        mask = np.ones_like(input_ids) if mask is None else mask
+        # At padding there is garbage on purpose: nobody may look at it.
+        logits = np.full((*input_ids.shape, VOCABULARY), np.nan, np.float32)
+        for row, tokens in enumerate(self._rows):
+            new = input_ids[row][mask[row] == 1].tolist()
+            tokens.extend(new)
+            logits[row, mask[row] == 1] = true_logits(np.array(tokens))[len(tokens) - len(new) :]
+        if self._fake.fault is not None:
+            self._fake.fault(self._fake, self._rows, logits)
+        return logits

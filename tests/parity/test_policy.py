@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from l4convert.errors import InputError, UsageError
+from l4convert.parity.metrics import Metrics
+from l4convert.parity.policy import ELEMENTWISE, Thresholds, default_policy, load_policy, parse_policy
+
+GOOD = Metrics(
+    tokens=3000, scored=2997, non_finite=0, non_finite_reference=0, max_abs_logit=0.0, max_rel_logit=0.0, mean_kl=0.0,
+    p50_kl=0.0, p99_kl=0.0, max_kl=0.0, top1=1.0, ppl_reference=13.0, ppl_artifact=13.0,
+)  # fmt: skip
+HEAD = 'schema = "l4convert.policy/1"\n'
+
+
+@pytest.mark.parametrize("recipe", ["none", "int4", "fp8", "fp8-experts"])
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_every_bundled_recipe_has_a_policy_that_equality_passes_and_a_wrong_layer_does_not(
+    recipe: str, target: str
+) -> None:
+    policy = default_policy(recipe, target)
+    assert not policy.reference.broken_by(GOOD)
+    assert not policy.drift.broken_by(GOOD)
+    wrong = dataclasses.replace(GOOD, mean_kl=0.5, p99_kl=3.0, top1=0.7, ppl_artifact=20.0, max_rel_logit=0.5)
+    assert len(policy.reference.broken_by(wrong)) >= 4
+    assert policy.drift.broken_by(wrong)
+
+
+def test_a_recipe_without_a_policy_asks_for_one() -> None:
+    with pytest.raises(UsageError, match="no default parity policy for recipe 'mine'") as caught:
+        default_policy("mine", "cpu")
+    assert "--policy" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "metric", "holds"),
+    [
+        ("mean_kl", 0.1, {"mean_kl": 0.1}, True),
+        ("mean_kl", 0.1, {"mean_kl": 0.10001}, False),
+        ("p99_kl", 0.1, {"p99_kl": 0.2}, False),
+        ("max_kl", 0.1, {"max_kl": 0.2}, False),
+        ("max_abs_logit", 0.1, {"max_abs_logit": 0.2}, False),
+        ("max_rel_logit", 0.1, {"max_rel_logit": 0.2}, False),
+        ("min_top1", 0.9, {"top1": 0.9}, True),
+        ("min_top1", 0.9, {"top1": 0.89}, False),
+        ("max_ppl_ratio", 1.1, {"ppl_artifact": 14.2}, True),
+        ("max_ppl_ratio", 1.1, {"ppl_artifact": 14.4}, False),
+        ("min_tokens", 3001, {}, False),
+    ],
+)
+def test_limits_are_inclusive_and_on_the_right_side(
+    limit: str, value: float, metric: dict[str, float], holds: bool
+) -> None:
+    broken = Thresholds(**{limit: value}).broken_by(dataclasses.replace(GOOD, **metric))
+    assert bool(broken) is not holds
+
+
+@pytest.mark.parametrize("limit", ["mean_kl", "min_top1", "max_ppl_ratio", "max_rel_logit"])
+def test_nan_holds_no_limit(limit: str) -> None:
+    nan = float("nan")
+    metrics = dataclasses.replace(GOOD, mean_kl=nan, top1=nan, ppl_artifact=nan, max_rel_logit=nan)
+    assert Thresholds(**{limit: 1.0}).broken_by(metrics)
+
+
+def test_only_some_limits_can_be_looked_at() -> None:
+    thresholds = Thresholds(mean_kl=0.1, max_rel_logit=0.1)
+    broken = thresholds.broken_by(dataclasses.replace(GOOD, mean_kl=1.0, max_rel_logit=1.0), only=ELEMENTWISE)
+    assert [line.split()[0] for line in broken] == ["max_rel_logit"]
+
+
+def test_a_target_overrides_only_what_it_names() -> None:
+    content = HEAD + "[reference]\nmean_kl = 0.1\nmin_top1 = 0.9\n[target.cpu.reference]\nmean_kl = 0.2\n"
+    base = parse_policy(content, "portable", name="p", where="p")
+    cpu = parse_policy(content, "cpu", name="p", where="p")
+    assert (base.reference.mean_kl, base.reference.min_top1) == (0.1, 0.9)
+    assert (cpu.reference.mean_kl, cpu.reference.min_top1) == (0.2, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "schema"),
+        ('schema = "l4convert.policy/2"\n[reference]\nmean_kl = 1', "schema"),
+        ("[reference", "not TOML"),
+        (HEAD, "limits nothing"),
+        (HEAD + "[reference]\n", "limits nothing"),
+        (HEAD + "mean_kl = 1", "unknown table or key 'mean_kl'"),
+        (HEAD + "reference = 1", "not a table"),
+        (HEAD + "[reference]\nmean_ki = 1", "unknown limit 'mean_ki'"),
+        (HEAD + "[reference]\nmean_kl = '1'", "mean_kl is '1'"),
+        (HEAD + "[reference]\nmean_kl = true", "mean_kl is True"),
+        (HEAD + "[reference]\nmean_kl = nan", "mean_kl is nan"),
+        (HEAD + "[reference]\nmean_kl = inf", "mean_kl is inf"),
+        (HEAD + "[reference]\nmean_kl = -1", "mean_kl is -1"),
+        (HEAD + "[reference]\nmean_kl = 1\n[target]\ncpu = 1", r"\[target\.NAME\.reference\]"),
+        (HEAD + "[reference]\nmean_kl = 1\n[target.tpu.reference]\nmean_ki = 1", "unknown limit 'mean_ki'"),
+    ],
+)
+def test_policies_are_read_strictly(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_policy(file, "cpu")
+    assert str(file) in caught.value.message
+
+
+def test_an_absent_policy_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_policy(tmp_path / "absent.toml", "cpu")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_policy(tmp_path / "binary.toml", "cpu")

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Llama4ForCausalLM
+
+from l4convert.errors import BackendMissing, InputError
+from l4convert.parity.reference import TransformersReference
+from tests.checkpoints import MAVERICK, write_random_checkpoint
+
+IDS = np.random.default_rng(4).integers(3, 128, 30)
+
+
+@pytest.fixture(scope="module")
+def expected(scout_layout: Path) -> np.ndarray:
+    model: Any = Llama4ForCausalLM.from_pretrained(scout_layout, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits: np.ndarray = model.eval()(torch.from_numpy(IDS)[None], use_cache=False).logits[0].numpy()
+    return logits
+
+
+@pytest.mark.parametrize("options", [{}, {"unfused": True, "shards": 2}, {"conditional": True}], ids=str)
+def test_every_form_of_a_checkpoint_gives_the_same_logits(
+    options: dict[str, Any], tmp_path: Path, expected: np.ndarray
+) -> None:
+    with TransformersReference(write_random_checkpoint(tmp_path / "checkpoint", **options)) as reference:
+        np.testing.assert_allclose(reference.logits(IDS), expected, atol=1e-5)
+
+
+def test_unfused_maverick_equals_its_stacked_twin(tmp_path: Path) -> None:
+    stacked = TransformersReference(write_random_checkpoint(tmp_path / "stacked", **MAVERICK))
+    unfused = TransformersReference(write_random_checkpoint(tmp_path / "unfused", unfused=True, **MAVERICK))
+    np.testing.assert_allclose(unfused.logits(IDS), stacked.logits(IDS), atol=1e-5)
+
+
+def test_a_stream_gives_each_row_what_it_gets_alone(scout_layout: Path, expected: np.ndarray) -> None:
+    with TransformersReference(scout_layout) as reference:
+        stream = reference.start(2)
+        first = stream.step(np.stack([IDS[:5], [0, 0, *IDS[:3]]]), np.array([[1] * 5, [0, 0, 1, 1, 1]]))
+        second = stream.step(np.stack([IDS[5:7], [IDS[3], 0]]), np.array([[1, 1], [1, 0]]))
+    np.testing.assert_allclose(np.concatenate([first[0], second[0]]), expected[:7], atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([first[1, 2:], second[1, :1]]), expected[:4], atol=1e-5)
+
+
+def test_nothing_is_printed(scout_layout: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    TransformersReference(scout_layout)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_checkpoint_is_an_input_error(scout_layout: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(scout_layout, tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        TransformersReference(copy)
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_without_the_extra_the_message_is_the_install_command(
+    module: str, scout_layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendMissing, match=r"pip install 'l4convert\[reference\]'"):
+        TransformersReference(scout_layout)
