@@ -10,6 +10,7 @@ from l4convert.graph_passes import (
     lower_moe_to_qmoe,
     outline_attention,
     quantize_weights,
+    split_activation_scales,
 )
 from l4convert.graph_passes.base import Pass, PassReport
 
@@ -51,6 +52,11 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         "lower_matmul_to_nbits",
         "MatMul with an INT4 matrix becomes ONNX Runtime's MatMulNBits",
         lower_matmul_to_nbits.run,
+    ),
+    Pass(
+        "split_activation_scales",
+        "FP8 activations are rescaled by a Mul, which ONNX Runtime does not fuse into a kernel that refuses FP8",
+        split_activation_scales.run,
     ),
     Pass(
         "inline_functions",

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from l4convert.checkpoint.lazy import LazyTensor
-from l4convert.frontend.builder import Builder
+from l4convert.checkpoint.lazy import LazyTensor, transposed
+from l4convert.frontend.builder import Builder, initializer
 
 Spec = TypeVar("Spec")
 
@@ -55,20 +55,24 @@ def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
     return QuantizedWeight(node.inputs[0].name or "", values, scales, block)  # type: ignore[union-attr]
 
 
-def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, tensor: LazyTensor) -> ir.Value:
     """Register a tensor under a name of its own (``name``, or ``name_1``, ...)."""
     unique, number = name, 0
     while unique in graph.initializers:
         number += 1
         unique = f"{name}_{number}"
-    tensor.name = unique
-    value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-    graph.initializers[unique] = value
+    value = graph.initializers[unique] = initializer(unique, tensor)
     return value
 
 
 def add_function(
-    model: ir.Model, domain: str, op_type: str, spec: Any, inputs: Sequence[ir.Value], body: Builder, outputs: Sequence[ir.Value]
+    model: ir.Model,
+    domain: str,
+    op_type: str,
+    spec: Any,
+    inputs: Sequence[ir.Value],
+    body: Builder,
+    outputs: Sequence[ir.Value],
 ) -> None:
     """Add a model-local function whose attributes, with their values, are the fields of ``spec``."""
     graph = ir.Graph(inputs, outputs, nodes=body.nodes, opset_imports=dict(model.graph.opset_imports), name=op_type)
@@ -78,7 +82,7 @@ def add_function(
     model.graph.opset_imports.setdefault(domain, 1)
 
 
-def attributes_of(spec: Any) -> dict[str, int | float | str]:
+def attributes_of(spec: Any) -> dict[str, Any]:
     """A spec's fields as ONNX attributes; booleans are integers there."""
     fields = dataclasses.asdict(spec)
     return {name: int(value) if isinstance(value, bool) else value for name, value in fields.items()}
@@ -99,16 +103,11 @@ def replace_outputs(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def insert_before(graph: ir.Graph, anchor: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put new nodes in front of an existing one."""
-    graph.insert_before(anchor, list(nodes))
-
-
 def clean_up(model: ir.Model) -> None:
     """Order nodes by their dependencies and drop what nothing uses any more: nodes, weights, functions, opsets."""
     common.RemoveUnusedNodesPass()(model)
     common.TopologicalSortPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]  # the library leaves it untyped
     common.RemoveUnusedOpsetsPass()(model)
 
 
@@ -126,8 +125,6 @@ def map_weight(
     Returns:
         The new value, or None where ``value`` is not a stored weight.
     """
-    from l4convert.checkpoint.lazy import transposed
-
     weight = float_weight(value)
     if weight is not None:
         stored = add_initializer(graph, f"{weight.name}_nk", layout(transposed(weight.tensor)))

@@ -91,7 +91,10 @@ def _unfused(graph: ir.Graph, k: int, scores: ir.Value, count: int) -> Found:
     gate_up = Stacked([SideBySide([gate.tensor, up.tensor]) for gate, up, _ in weights])
     down = Stacked([down.tensor for _, _, down in weights])
     b = Builder(prefix)
-    stacked = [_widened(b, graph, f"{prefix}.{n}", t, weights[0][0]) for n, t in (("gate_up_proj", gate_up), ("down_proj", down))]
+    stacked = [
+        _widened(b, graph, f"{prefix}.{n}", t, weights[0][0])
+        for n, t in (("gate_up_proj", gate_up), ("down_proj", down))
+    ]
     graph.extend(b.nodes)
     _, width, hidden = down.dims
     return Found(MoESpec(count, hidden, width, k), Inputs(match[x], match[logits], *stacked), output)

@@ -1,9 +1,10 @@
 """Lower attention to GroupQueryAttention: ONNX Runtime's kernel where it applies, the definition elsewhere.
 
-The kernel (com.microsoft, CPU) takes several new tokens on top of a past for one sequence only, and in a static cache it
-writes one contiguous run of slots. So each call becomes an ``If``: the kernel in the usual cases, and the plain definition
-for a batch that continues with several tokens at once, for padding on the left of a static cache, and for calls that cross
-a chunk boundary in one. A plain causal kernel on lengths ``p mod C`` is chunked attention (DESIGN section 4).
+The kernel (com.microsoft, CPU) takes several new tokens on top of a past for one sequence only, and in a static cache
+it writes one contiguous run of slots. So each call becomes an ``If``: the kernel in the usual cases, and the plain
+definition for a batch that continues with several tokens at once, and in a static cache for padding that is not at the
+end and for calls that cross a chunk boundary. A plain causal kernel on lengths ``p mod C`` is chunked attention
+(DESIGN section 4).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
     outcome = Outcome()
     for node in [n for n in model.graph if n.op_identifier()[:2] == (definition.DOMAIN, definition.OP_TYPE)]:
         spec = spec_of(AttentionSpec, node)
-        values = dict(zip([n for n in Inputs._fields if spec.rope or n not in ("cos", "sin")], node.inputs, strict=True))
+        values = dict(
+            zip([n for n in Inputs._fields if spec.rope or n not in ("cos", "sin")], node.inputs, strict=True)
+        )
         inputs = Inputs(**{name: values.get(name) for name in Inputs._fields})  # type: ignore[arg-type]
         b = Builder(node.name or "attention")
         replacement = _choose(b, spec, inputs)
@@ -85,7 +88,9 @@ def appended_kernel(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Outputs:
     merged, key, value = group_query_attention(b, spec, heads, past_key, past_value, lengths, total, bias)
     if spec.chunk_size and spec.kv_cache == "growing":
         new = (b.op("Transpose", x, perm=[0, 2, 1, 3]) for x in (heads.key, heads.value))
-        key, value = (b.op("Concat", p, n, axis=2) for p, n in zip((inputs.past_key, inputs.past_value), new, strict=True))
+        key, value = (
+            b.op("Concat", p, n, axis=2) for p, n in zip((inputs.past_key, inputs.past_value), new, strict=True)
+        )
     elif spec.chunk_size:
         keep = kv_cache.next_chunk_start(b, spec.chunk_size, held)
         key, value = (b.slice(x, keep, None, axis=2) for x in (key, value))
@@ -160,6 +165,8 @@ def group_query_attention(
         [*flat, past_key, past_value, last, total, *optional],
         outputs=3,
         domain=CONTRIB,
-        **dict(num_heads=spec.num_heads, kv_num_heads=spec.kv_num_heads, scale=spec.scale),
+        num_heads=spec.num_heads,
+        kv_num_heads=spec.kv_num_heads,
+        scale=spec.scale,
     )
     return outputs[0], outputs[1], outputs[2]

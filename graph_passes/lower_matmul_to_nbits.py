@@ -35,7 +35,10 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
                 add_initializer(model.graph, f"{weight.name}_packed_scale", transposed(weight.scales)),
             ],
             domain=CONTRIB,
-            **dict(K=depth, N=width, bits=4, block_size=weight.block_size),
+            K=depth,
+            N=width,
+            bits=4,
+            block_size=weight.block_size,
         )
         model.graph.insert_before(node, b.nodes)
         replace_outputs(node.outputs, output)

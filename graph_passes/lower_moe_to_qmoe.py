@@ -31,9 +31,14 @@ from l4convert.quantization.recipe import Recipe
 
 CONTRIB = "com.microsoft"
 # swiglu_fusion 1: rows of gate and up alternate. alpha 1 and beta 0 make the kernel's SwiGLU ``silu(gate) * up``.
-SWIGLU: dict[str, Any] = dict(
-    activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=1, k=1
-)
+SWIGLU: dict[str, Any] = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+    "normalize_routing_weights": 1,
+    "k": 1,
+}
 
 
 def run(model: ir.Model, recipe: Recipe) -> Outcome:
@@ -72,9 +77,8 @@ class _Kernel:
 
 def _experts(b: Builder, graph: ir.Graph, inputs: Inputs) -> _Kernel | None:
     gate_up, down = quantized_weight(inputs.gate_up), quantized_weight(inputs.down)
-    if gate_up is not None and down is not None and _fits_qmoe(gate_up) and _fits_qmoe(down):
-        if gate_up.block_size == down.block_size:
-            return _int4_kernel(graph, gate_up, down)
+    if gate_up is not None and down is not None and _fit_qmoe(gate_up, down):
+        return _int4_kernel(graph, gate_up, down)
     float_gate_up = map_weight(b, graph, inputs.gate_up, InterleavedHalves)
     float_down = map_weight(b, graph, inputs.down, lambda tensor: tensor)
     if float_gate_up is None or float_down is None:
@@ -82,9 +86,12 @@ def _experts(b: Builder, graph: ir.Graph, inputs: Inputs) -> _Kernel | None:
     return _Kernel("MoE", [float_gate_up, None, float_down])
 
 
-def _fits_qmoe(weight: QuantizedWeight) -> bool:
-    """QMoE wants both widths divisible by the block (its schema's text)."""
-    return weight.values.dtype == ir.DataType.INT4 and weight.values.dims[-2] % weight.block_size == 0
+def _fit_qmoe(gate_up: QuantizedWeight, down: QuantizedWeight) -> bool:
+    """QMoE wants INT4, one block size, and both widths divisible by it (its schema's text)."""
+    return gate_up.block_size == down.block_size and all(
+        weight.values.dtype == ir.DataType.INT4 and weight.values.dims[-2] % weight.block_size == 0
+        for weight in (gate_up, down)
+    )
 
 
 def _int4_kernel(graph: ir.Graph, gate_up: QuantizedWeight, down: QuantizedWeight) -> _Kernel:

@@ -105,7 +105,11 @@ def _same_attribute(a: ir.Attr, b: ir.Attr) -> bool:
         return False
     if a.type == ir.AttributeType.TENSOR:
         left, right = a.as_tensor(), b.as_tensor()
-        return left.dtype == right.dtype and left.shape == right.shape and bool(np.array_equal(left.numpy(), right.numpy()))
+        return (
+            left.dtype == right.dtype
+            and left.shape == right.shape
+            and bool(np.array_equal(left.numpy(), right.numpy()))
+        )
     if a.type == ir.AttributeType.FLOAT:  # stored as float32
         return bool(np.float32(a.value) == np.float32(b.value))
     same: bool = a.value == b.value
@@ -118,7 +122,11 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
         return None
     node = value.producer()
     if node is not None:
-        return node.attributes["value"].as_tensor().numpy() if node.op_type == "Constant" and "value" in node.attributes else None
+        return (
+            node.attributes["value"].as_tensor().numpy()
+            if node.op_type == "Constant" and "value" in node.attributes
+            else None
+        )
     return value.const_value.numpy() if isinstance(value.const_value, ir.Tensor) else None
 
 

@@ -72,7 +72,9 @@ def _outline(model: ir.Model, node: ir.Node, pattern: Pattern, match: Match) -> 
     results = [match[x] for x in pattern.outputs]
     inputs = [match[x] for x in arguments]
     if identifier not in model.functions:
-        add_function(model, definition.DOMAIN, definition.OP_TYPE, pattern.spec, arguments, pattern.body, pattern.outputs)
+        add_function(
+            model, definition.DOMAIN, definition.OP_TYPE, pattern.spec, arguments, pattern.body, pattern.outputs
+        )
     caller = Builder()
     outputs = caller.node(
         definition.OP_TYPE,
@@ -147,7 +149,11 @@ def _temperature(node: ir.Node) -> tuple[float, float]:
     value = node.inputs[1]
     constants: dict[str, float] = {}
     while value is not None and (producer := value.producer()) is not None and producer.op_type != "Cast":
-        if len(producer.inputs) > 1 and (constant := constant_of(producer.inputs[1])) is not None and constant.size == 1:
+        if (
+            len(producer.inputs) > 1
+            and (constant := constant_of(producer.inputs[1])) is not None
+            and constant.size == 1
+        ):
             constants[producer.op_type] = float(np.float32(constant.reshape(-1)[0]))
         value = producer.inputs[0]
     if not {"Div", "Mul"} <= constants.keys():

@@ -1,7 +1,7 @@
 """Quantize weights: stored weights of matrix products become ``DequantizeLinear`` of INT4 or FP8 values.
 
-The recipe decides by the weight's canonical name. For FP8 with dynamic activations, the other operand is rounded token by
-token with ``QuantizeLinear``/``DequantizeLinear``.
+The recipe decides by the weight's canonical name. For FP8 with dynamic activations, the other operand is rounded token
+by token with ``QuantizeLinear``/``DequantizeLinear``.
 """
 
 from __future__ import annotations

@@ -64,6 +64,8 @@ def _run(model: ir.Model, config: DecoderConfig, kv_cache: str) -> Arrays:
         raise BackendMissing("--verify-passes needs ONNX Runtime: pip install onnxruntime-gpu") from error
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # What is compared is the graph as written, not what the runtime's optimizer would make of it.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory(prefix="l4convert-verify-") as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="weights.bin")
@@ -89,7 +91,7 @@ def probes(config: DecoderConfig, kv_cache: str) -> Iterator[tuple[str, Mapping[
         mask = np.ones((batch, past + new), np.int64)
         if batch > 1:
             mask[1, :2] = mask[1, past + 1] = 0
-        feeds = {"input_ids": rng.integers(0, config.vocab_size, (batch, new)), "attention_mask": mask}
+        feeds: Arrays = {"input_ids": rng.integers(0, config.vocab_size, (batch, new)), "attention_mask": mask}
         for number, layer in enumerate(config.layers):
             shape = (batch, config.num_key_value_heads, _slots(layer, chunk, past, new, kv_cache), config.head_dim)
             for part in ("key", "value"):
@@ -111,7 +113,8 @@ def _check_memory(model: ir.Model) -> None:
     available = _available_memory()
     if needed > available:
         raise InputError(
-            f"--verify-passes runs the graph and needs about {needed / 1e9:.1f} GB of memory; {available / 1e9:.1f} GB are free",
+            f"--verify-passes runs the graph, which takes about {needed / 1e9:.1f} GB of memory;"
+            f" {available / 1e9:.1f} GB are free",
             "verify on a checkpoint of the same layout with fewer or smaller layers",
         )
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from l4convert.checkpoint import Checkpoint, open_checkpoint
-from l4convert.emit import source_digests, write_artifact
+from l4convert.emit import check_destination, source_digests, write_artifact
 from l4convert.emit.plan import WEIGHTS_FILE, plan_weights
 from l4convert.errors import InputError, UsageError
 from l4convert.frontend.decoder import build_decoder
@@ -74,13 +73,12 @@ class _Conversion:
 
     def __init__(self, options: ConvertOptions, progress: Progress) -> None:
         self.target = _target(options)
+        check_destination(options.output, options.overwrite, [options.checkpoint])
         self.recipe = load_recipe(options.recipe, options.block_size)
         self.checkpoint = open_checkpoint(options.checkpoint)
         _check_recipe(self.recipe, self.checkpoint)
         kv_cache: Any = options.kv_cache  # checked against the target's list
-        self.model = build_decoder(
-            self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.experts, kv_cache
-        )
+        self.model = build_decoder(self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.experts, kv_cache)
         passes = (*CANONICAL_PASSES, *self.target.lowering)
         self.reports = tuple(self.run_pass(p, options, progress) for p in passes)
         plan = plan_weights(self.model)

@@ -32,7 +32,10 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Llama 4's text decoder. Names are those of transformers' ``Llama4TextConfig``; widths in elements, positions in tokens."""
+    """Llama 4's text decoder.
+
+    Names are those of transformers' ``Llama4TextConfig``; widths are in elements, positions in tokens.
+    """
 
     vocab_size: int
     hidden_size: int

@@ -1,9 +1,9 @@
 """Lazy tensors: recipes that know their dtype and shape, and compute any tile of their content on demand.
 
-Every weight in a graph is a :class:`LazyTensor`. It is stored (or would be) as ``batch`` matrices of ``rows`` x ``cols``
-in C order; :meth:`LazyTensor.tile` computes one rectangle of one of those matrices. The combinators below (transpose,
-stack, concatenate, ...) only translate tile coordinates, so a 2 TB model is planned without reading a byte, and is written
-tile by tile in bounded memory.
+Every weight in a graph is a :class:`LazyTensor`. It is stored (or would be) as ``batch`` matrices of ``rows`` x
+``cols`` in C order; :meth:`LazyTensor.tile` computes one rectangle of one of those matrices. The combinators below
+(transpose, stack, concatenate, ...) only translate tile coordinates, so a 2 TB model is planned without reading a byte,
+and is written tile by tile in bounded memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-# How much of a tensor is computed at a time when it is written: large enough for good I/O, small enough that a handful of
-# float32 temporaries of a tile stay far below any memory limit.
+# How much of a tensor is computed at a time when it is written: large enough for good I/O, small enough that a handful
+# of float32 temporaries of a tile stay far below any memory limit.
 TILE_ELEMENTS = 1 << 22
 
 _UNPACKED_UINT8 = {ir.DataType.INT4, ir.DataType.UINT4}
@@ -49,8 +49,8 @@ class LazyTensor(ir.TensorProtocol):
         self.matrix = matrix if matrix is not None else matrix_of(shape)
         if math.prod(self.matrix) != math.prod(self.dims):
             raise ValueError(f"{name}: tiling {self.matrix} does not cover shape {self.dims}")
-        self._metadata_props: dict[str, str] = {}
-        self._meta: dict[str, Any] = {}
+        self.metadata_props: dict[str, str] = {}
+        self.meta: dict[str, Any] = {}
 
     @property
     @abstractmethod
@@ -78,14 +78,6 @@ class LazyTensor(ir.TensorProtocol):
     @property
     def nbytes(self) -> int:
         return math.ceil(self.dtype.itemsize * self.size)
-
-    @property
-    def metadata_props(self) -> dict[str, str]:
-        return self._metadata_props
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return self._meta
 
     def numpy(self) -> np.ndarray:
         """The whole tensor, shaped; only for tensors known to be small, and for tests."""
@@ -239,7 +231,7 @@ class SideBySide(Derived):
 
 
 class InterleavedHalves(Derived):
-    """Rows of the first and second half taken in turn: [g0, g1, u0, u1] becomes [g0, u0, g1, u1] (ONNX Runtime's SwiGLU)."""
+    """Rows of the two halves taken in turn: [g0, g1, u0, u1] becomes [g0, u0, g1, u1] (ONNX Runtime's SwiGLU)."""
 
     def __init__(self, part: LazyTensor) -> None:
         super().__init__([part], part.dtype, part.dims)

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.lazy import LazyTensor
+
 INT64_MAX = np.iinfo(np.int64).max
+
+
+def initializer(name: str, tensor: LazyTensor) -> ir.Value:
+    """A graph value that holds a tensor; the tensor takes its name."""
+    tensor.name = name
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
 
 
 class Builder:

@@ -8,17 +8,18 @@ from typing import Literal
 import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig
-from l4convert.checkpoint.lazy import LazyTensor, transposed
+from l4convert.checkpoint.lazy import Constant, LazyTensor, transposed
 from l4convert.errors import InputError
-from l4convert.frontend.builder import Builder
+from l4convert.frontend.builder import Builder, initializer
 from l4convert.frontend.rope import rotary_tables
 from l4convert.plugins.long_context_attention import definition as attention
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, KvCache
 from l4convert.plugins.moe import definition as moe
 
 OPSET = 23
-IR_VERSION = 11  # of opset 23 (onnx/onnx docs/Versioning.md); newer ones are refused by runtimes that could run the graph
-# A rotary table of a RoPE layer that is not chunked has a row for every position; beyond this it would outweigh a layer.
+# That of opset 23 (onnx/onnx docs/Versioning.md): runtimes refuse models of a newer one whatever ops they use.
+IR_VERSION = 11
+# A RoPE layer that is not chunked has a table with a row for every position; beyond this it would outweigh the layer.
 MAX_ROTARY_ROWS = 1 << 18
 
 Experts = Literal["stacked", "unfused"]
@@ -67,7 +68,9 @@ class _Decoder:
             with b.scope(f"layers.{number}"):
                 hidden = self.layer(number, layer, hidden, positions)
         hidden = self.norm("model.norm.weight", hidden)
-        logits = _named(b.op("MatMul", hidden, self.head(), name="lm_head"), "logits", ["batch", "sequence", config.vocab_size])
+        logits = _named(
+            b.op("MatMul", hidden, self.head(), name="lm_head"), "logits", ["batch", "sequence", config.vocab_size]
+        )
         graph = ir.Graph(
             self.inputs,
             [logits, *self.outputs],
@@ -97,7 +100,9 @@ class _Decoder:
         inputs = attention.Inputs(query, key, value, past_key, past_value, positions, cos, sin)
         merged, present_key, present_value = attention.build(self.b, spec, inputs)
         for name, present in (("key", present_key), ("value", present_value)):
-            self.outputs.append(_named(present, f"present.{number}.{name}", self.cache_shape("present_sequence", layer)))
+            self.outputs.append(
+                _named(present, f"present.{number}.{name}", self.cache_shape("present_sequence", layer))
+            )
         return self.linear(f"{prefix}.o_proj", merged)
 
     def cache_inputs(self, number: int, layer: LayerConfig) -> list[ir.Value]:
@@ -131,7 +136,7 @@ class _Decoder:
         names = (f"rotary_{rows}.cos", f"rotary_{rows}.sin")
         if names[0] not in self.initializers:
             for name, table in zip(names, rotary_tables(self.config, rows), strict=True):
-                self.initializers[name] = _initializer(name, ir.tensor(table, name=name))
+                self.initializers[name] = initializer(name, Constant(table))
         return self.initializers[names[0]], self.initializers[names[1]]
 
     def experts_block(self, prefix: str, hidden: ir.Value) -> ir.Value:
@@ -180,12 +185,12 @@ class _Decoder:
     def matrix(self, name: str) -> ir.Value:
         """A weight of ``torch.nn.Linear``, [out,in], as MatMul takes it: [in,out]."""
         if name not in self.initializers:
-            self.initializers[name] = _initializer(name, transposed(self.tensors[name]))
+            self.initializers[name] = initializer(name, transposed(self.tensors[name]))
         return self.widen(self.initializers[name], self.initializers[name])
 
     def weight(self, name: str) -> ir.Value:
         if name not in self.initializers:
-            self.initializers[name] = _initializer(name, self.tensors[name])
+            self.initializers[name] = initializer(name, self.tensors[name])
         return self.initializers[name]
 
     def wide_weight(self, name: str) -> ir.Value:
@@ -228,8 +233,3 @@ def _value(name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
 def _named(value: ir.Value, name: str, shape: list[str | int]) -> ir.Value:
     value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
     return value
-
-
-def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    tensor.name = name
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)

@@ -102,7 +102,7 @@ def build(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ir
 
 
 def prepare_heads(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Heads:
-    """Split into heads and apply RoPE, QK norm and temperature, as transformers' ``Llama4TextAttention.forward`` does."""
+    """Split into heads and apply RoPE, QK norm and temperature (transformers ``Llama4TextAttention.forward``)."""
     new_tokens = b.op("Neg", b.dim(inputs.query, 1))
     positions = b.slice(inputs.positions, new_tokens, None, axis=1)
     query, key = inputs.query, inputs.key

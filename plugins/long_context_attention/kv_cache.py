@@ -71,9 +71,7 @@ def windowed(
     slots = b.op("Neg", b.dim(all_key, 2))
     held = b.slice(positions, slots, None, axis=1)
     keep = next_chunk_start(b, chunk_size, held)
-    return Cache(
-        all_key, all_value, held, b.slice(all_key, keep, None, axis=2), b.slice(all_value, keep, None, axis=2)
-    )
+    return Cache(all_key, all_value, held, b.slice(all_key, keep, None, axis=2), b.slice(all_value, keep, None, axis=2))
 
 
 def static(
@@ -193,7 +191,9 @@ def write_index(b: Builder, chunk_size: int, slots: ir.Value, new_positions: ir.
 
 def write(b: Builder, buffer: ir.Value, held: ir.Value, index: WriteIndex) -> ir.Value:
     """``buffer[b, h, slot[b, s]] = held[b, h, source[b, s]]`` for every head h; buffer [B,Hk,M,D]."""
-    heads = b.op("Unsqueeze", b.op("Range", b.constant(0), b.op("Squeeze", b.dim(buffer, 1)), b.constant(1)), b.constant([0, 2]))
+    heads = b.op(
+        "Unsqueeze", b.op("Range", b.constant(0), b.op("Squeeze", b.dim(buffer, 1)), b.constant(1)), b.constant([0, 2])
+    )
     batch = b.op("Range", b.constant(0), b.op("Squeeze", b.dim(buffer, 0)), b.constant(1))
     batch = b.op("Unsqueeze", batch, b.constant([1, 2]))
 

@@ -31,7 +31,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "no temperature": {"attn_temperature_tuning": False},
     "all global": {"no_rope_layers": [0, 0, 0, 0]},
     "all chunked": {"no_rope_layers": [1, 1, 1, 1]},
-    "rope over full attention": {"layer_types": ["full_attention", "chunked_attention"] * 2, "max_position_embeddings": 64},
+    "rope over full attention": {
+        "layer_types": ["full_attention", "chunked_attention"] * 2,
+        "max_position_embeddings": 64,
+    },
     "dense only": {"moe_layers": []},
     "wide heads": {"head_dim": 32, "num_key_value_heads": 1},
     "chunk of 1": {"attention_chunk_size": 1},

@@ -45,9 +45,7 @@ def test_scaled_frequencies_equal_transformers(
 
 def test_unscaled_frequencies_equal_transformers() -> None:
     config = dataclasses.replace(SCOUT, rope_scaling=None)
-    np.testing.assert_allclose(
-        inverse_frequencies(config), _transformers_frequencies(500000.0, 128, None), rtol=1e-6
-    )
+    np.testing.assert_allclose(inverse_frequencies(config), _transformers_frequencies(500000.0, 128, None), rtol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 8192])
