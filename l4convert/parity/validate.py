@@ -41,7 +41,8 @@ def validate(
 ) -> ParityReport:
     """Measure an artifact against transformers on the checkpoint it was made from, and judge it by a policy.
 
-    The first ``tokens`` tokens of ``text`` are cut into windows, each of which starts at position 0. All of them are
+    The beginning of ``text`` is cut into windows, each of which starts at position 0 (with the beginning-of-text token,
+    where the tokenizer puts one). All of them are
     compared in one call each; the first one also by every other split, and parts of the text as padded batches.
 
     Args:
@@ -51,7 +52,7 @@ def validate(
         text_name: What to call it in the report.
         policy: Thresholds; default: the bundled ones of the artifact's recipe.
         progress: Where to report.
-        tokens: The most tokens of the text to use.
+        tokens: The most tokens to use, over all windows.
         window: Tokens in a window. Memory is a few times ``window`` * vocabulary * 4 bytes.
         threads: For ONNX Runtime.
 
@@ -95,8 +96,10 @@ def prepare_text(
     else:
         tokenizer = TextTokenizer.open(info.path)
         source, prefix = text_name, tokenizer.prefix_ids
-        ids = np.array(tokenizer.encode(text, special=False)[:tokens], np.int64)
-    own = max(1, window - len(prefix))  # every window begins as a text would
+        ids = np.array(tokenizer.encode(text, special=False), np.int64)
+    # Every window begins as a text would, and what it begins with counts as tokens too.
+    own = max(1, window - len(prefix))
+    ids = ids[: tokens - len(prefix) * -(-tokens // window)]
     windows = [np.concatenate([np.array(prefix, np.int64), ids[at : at + own]]) for at in range(0, len(ids), own)]
     windows = [part for part in windows if len(part) >= 2]
     if not windows:

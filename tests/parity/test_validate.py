@@ -161,9 +161,9 @@ def test_windows_start_as_texts_do_and_use_no_more_tokens_than_asked(info: Artif
     write_tokenizer(tmp_path, TEMPLATE)  # token 0 begins a text
     info = dataclasses.replace(info, path=tmp_path)
     windows, used = prepare_text(info, "the quick brown fox jumps over the lazy dog " * 20, tokens=25, window=10)
-    assert [len(window) for window in windows] == [10, 10, 8]
+    assert [len(window) for window in windows] == [10, 10, 5]
     assert all(window[0] == 0 for window in windows)
-    assert (used.tokens, used.windows, used.random) == (28, 3, False)
+    assert (used.tokens, used.windows, used.random) == (25, 3, False)
 
 
 def test_random_tokens_stand_in_for_a_text_and_are_noted(info: ArtifactInfo) -> None:
