@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig
-from l4convert.errors import BackendMissing, CheckFailed, InputError
+from l4convert.errors import CheckFailed, InputError
 from l4convert.graph_passes.base import Pass, PassReport
 from l4convert.progress import Progress
 from l4convert.quantization.recipe import Recipe
+from l4convert.runtime.session import load_model
 
 #: Largest |difference| of any output that an exact pass may make, relative to the largest |value| of that output.
 EXACT_TOLERANCE = 1e-4
@@ -58,18 +59,11 @@ def _compare(graph_pass: Pass, name: str, expected: np.ndarray, actual: np.ndarr
 
 def _run(model: ir.Model, config: DecoderConfig, kv_cache: str) -> Arrays:
     """All outputs of all probes, named ``probe: output``; key/value slots of padding and unwritten slots left out."""
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise BackendMissing("--verify-passes needs ONNX Runtime: pip install onnxruntime-gpu") from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # What is compared is the graph as written, not what the runtime's optimizer would make of it.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory(prefix="l4convert-verify-") as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="weights.bin")
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # What is compared is the graph as written, not what the runtime's optimizer would make of it.
+        session = load_model(path, optimized=False)
         names = [output.name for output in session.get_outputs()]
         results: Arrays = {}
         for probe, feeds in probes(config, kv_cache):

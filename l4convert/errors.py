@@ -45,3 +45,16 @@ class BackendMissing(L4Error):
     """An optional package is not installed; the message is the exact install command."""
 
     exit_code = 5
+
+
+# Import name -> what to install. These are optional, so a missing one is the user's to solve, not a defect.
+INSTALL = {
+    "onnxruntime": "pip install 'l4convert[gpu]'",
+    "torch": "pip install 'l4convert[reference]'",
+    "transformers": "pip install 'l4convert[reference]'",
+}
+
+
+def backend_missing(module: str) -> BackendMissing:
+    """The error for an optional import that failed; ``module`` is a key of :data:`INSTALL`."""
+    return BackendMissing(f"{module} is not installed: {INSTALL[module]}")

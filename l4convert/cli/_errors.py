@@ -11,17 +11,10 @@ import click
 from click.core import ParameterSource
 
 from l4convert.cli._settings import Settings
-from l4convert.errors import BackendMissing, InputError, L4Error, UsageError
+from l4convert.errors import INSTALL, InputError, L4Error, UsageError, backend_missing
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output (head, less) went away
-
-# Import name -> what to install. These are optional, so a missing one is the user's to solve, not a defect.
-INSTALL = {
-    "onnxruntime": "pip install 'l4convert[gpu]'",
-    "torch": "pip install 'l4convert[reference]'",
-    "transformers": "pip install 'l4convert[reference]'",
-}
 
 # What the file system may refuse through no fault of ours.
 _REFUSALS = {
@@ -65,8 +58,8 @@ def _translate(error: BaseException) -> L4Error | None:
     if isinstance(error, click.ClickException):
         return UsageError(error.format_message().removesuffix("."), _usage_hint(error))
     if isinstance(error, ModuleNotFoundError):
-        install = INSTALL.get(str(error.name).partition(".")[0])
-        return BackendMissing(f"{error.name} is not installed: {install}") if install else None
+        module = str(error.name).partition(".")[0]
+        return backend_missing(module) if module in INSTALL else None
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return InputError(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
     if isinstance(error, MemoryError):

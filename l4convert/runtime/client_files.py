@@ -28,7 +28,9 @@ def client_files(config: DecoderConfig, kv_cache: str, sidecars: Sequence[Path])
     Raises:
         InputError: One of them is not a JSON object.
     """
-    given = {path.name: parse_object(read_bytes(path, MAX_BYTES), str(path)) for path in sidecars if path.name in REWRITES}
+    given = {
+        path.name: parse_object(read_bytes(path, MAX_BYTES), str(path)) for path in sidecars if path.name in REWRITES
+    }
     rewritten = {name: REWRITES[name](content) for name, content in given.items()}
     files = {name: content for name, content in rewritten.items() if content != given[name]}
     if kv_cache in GENAI_KV_CACHES:

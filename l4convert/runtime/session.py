@@ -10,7 +10,7 @@ import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit.write import MODEL_FILE
-from l4convert.errors import BackendMissing, InputError, UsageError
+from l4convert.errors import InputError, UsageError, backend_missing
 from l4convert.runtime.caches import CACHE_FORMS, CacheNames, KvCacheState
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.runner import FloatArray, IntArray, check_step
@@ -59,7 +59,7 @@ class OrtSession:
         if max_length is not None and not 0 < max_length <= limit:
             raise UsageError(f"a maximum length of {max_length} is not between 1 and the model's {limit} positions")
         default = min(DEFAULT_MAX_LENGTH, limit) if info.kv_cache == "static" else limit
-        return cls(info, _load(artifact / MODEL_FILE, threads), max_length or default)
+        return cls(info, load_model(artifact / MODEL_FILE, threads), max_length or default)
 
     @property
     def name(self) -> str:
@@ -143,17 +143,33 @@ class OrtStream:
 _VOCABULARY_HINT = "The artifact's tokenizer.json belongs to another model."
 
 
-def _load(model: Path, threads: int | None) -> Any:
+def load_model(model: Path, threads: int | None = None, *, optimized: bool = True) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU.
+
+    Args:
+        model: Path of ``model.onnx``.
+        threads: Threads for one operator; default: ONNX Runtime's choice.
+        optimized: Whether ONNX Runtime may rewrite the graph; False: every node runs as it is written.
+
+    Raises:
+        InputError: The file is absent or ONNX Runtime refuses it.
+        BackendMissing: onnxruntime is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendMissing("pip install 'l4convert[cpu]'", "ONNX Runtime runs the artifact.") from error
+        raise backend_missing("onnxruntime") from error
     if not model.is_file():
         raise InputError(f"{model}: no such file", "Convert the checkpoint again.")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors become exceptions; warnings about placement are noise
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # It rewrites MatMul with a dequantized INT4 matrix to MatMulNBits, by default with activations rounded to int8 (4);
+    # 1 keeps them float32, as the graph says.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
