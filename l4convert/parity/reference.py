@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from l4convert.checkpoint import Checkpoint, open_checkpoint
-from l4convert.errors import BackendMissing, InputError
+from l4convert.errors import InputError, backend_missing
 from l4convert.runtime.runner import FloatArray, IntArray, Runner, check_step
 
 
@@ -95,11 +95,12 @@ class RecomputingStream:
 def _require_backend() -> Any:
     try:
         import torch
-        import transformers  # noqa: F401  # wanted here, used by the functions below
     except ImportError as error:
-        raise BackendMissing(
-            "pip install 'l4convert[reference]'", "transformers is what parity compares with."
-        ) from error
+        raise backend_missing("torch") from error
+    try:
+        import transformers  # noqa: F401  # the functions below use it
+    except ImportError as error:
+        raise backend_missing("transformers") from error
     return torch
 
 
