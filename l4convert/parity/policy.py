@@ -6,13 +6,13 @@ The files in ``policies/`` are the defaults, and the examples to write one's own
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from l4convert.errors import InputError, UsageError
+from l4convert.errors import InputError
 from l4convert.parity.metrics import Metrics
 
 SCHEMA = "l4convert.policy/1"
@@ -73,6 +73,10 @@ _MEASURES: Mapping[str, tuple[str, bool]] = {
 ELEMENTWISE = frozenset({"max_abs_logit", "max_rel_logit"})
 
 
+# Schemes by how much they lose; each is also the name of a bundled recipe and its policy.
+_COARSEST_FIRST = ("int4", "fp8")
+
+
 @dataclass(frozen=True)
 class Policy:
     """Thresholds with a name.
@@ -89,19 +93,19 @@ class Policy:
     drift: Thresholds
 
 
-def default_policy(recipe: str, target: str) -> Policy:
-    """The bundled policy of a recipe.
+def default_policy(recipe: str, schemes: Collection[str], target: str) -> Policy:
+    """The bundled policy of a recipe; for one of the user's own, that of the coarsest scheme in it.
 
-    Raises:
-        UsageError: There is none.
+    Args:
+        recipe: The recipe's name.
+        schemes: The schemes that its rules name.
+        target: The artifact's target, which may have limits of its own.
     """
     folder = resources.files("l4convert.parity").joinpath("policies")
-    known = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    if recipe not in known:
-        hint = f"Write one and pass it with --policy FILE.toml; there are defaults for {', '.join(known)}."
-        raise UsageError(f"no default parity policy for recipe {recipe!r}", hint)
-    file = folder.joinpath(f"{recipe}.toml")
-    return parse_policy(file.read_text(encoding="utf-8"), target, name=f"default for {recipe}", where=f"{recipe}.toml")
+    known = {entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")}
+    name = recipe if recipe in known else next((s for s in _COARSEST_FIRST if s in schemes), "none")
+    text = folder.joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return parse_policy(text, target, name=f"default for {name}", where=f"{name}.toml")
 
 
 def load_policy(file: Path, target: str) -> Policy:

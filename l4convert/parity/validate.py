@@ -61,7 +61,7 @@ def validate(
 
     Raises:
         InputError: The artifact, checkpoint or text cannot be used, or the two models differ in size.
-        UsageError: A window or number of tokens that makes no sense, or no default policy for the recipe.
+        UsageError: A window or number of tokens that makes no sense.
         BackendMissing: torch, transformers or onnxruntime is not installed.
     """
     info = read_artifact(artifact)
@@ -70,7 +70,7 @@ def validate(
         raise UsageError(
             f"cannot use windows of {window} in {tokens} tokens: both are at least 2, a window at most {limit}"
         )
-    policy = policy if policy is not None else default_policy(info.recipe, info.target)
+    policy = policy if policy is not None else default_policy(info.recipe, info.schemes, info.target)
     windows, used = prepare_text(info, text, tokens, window, text_name)
     with progress.task("Loading the reference", total=1, unit="models") as task:
         model = TransformersReference(reference)

@@ -22,12 +22,13 @@ class ArtifactInfo:
 
     Attributes:
         path: The artifact's folder.
-        recipe: Name of the quantization recipe; ``target``: of the lowering.
+        recipe: Name of the quantization recipe; ``schemes``: those that its rules name; ``target``: of the lowering.
     """
 
     path: Path
     kv_cache: KvCache
     recipe: str
+    schemes: frozenset[str]
     target: str
     config: DecoderConfig
 
@@ -43,11 +44,12 @@ def read_artifact(path: Path) -> ArtifactInfo:
     try:
         kv_cache, recipe, target = (_name(manifest[key]) for key in ("kv_cache", "recipe", "target"))
         config = config_from_json(manifest["config"])
+        schemes = _schemes(manifest["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: damaged manifest: {error!r}", "Convert the checkpoint again.") from error
     if kv_cache not in get_args(KvCache):
         raise InputError(f"{file}: kv_cache is {kv_cache!r}, expected one of {', '.join(get_args(KvCache))}")
-    return ArtifactInfo(path, cast("KvCache", kv_cache), recipe, target, config)
+    return ArtifactInfo(path, cast("KvCache", kv_cache), recipe, schemes, target, config)
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
@@ -84,3 +86,9 @@ def _name(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a name, not {value!r}")
     return value
+
+
+def _schemes(recipe: Any) -> frozenset[str]:
+    """The schemes of a recipe's rules; none where only its name is known."""
+    rules = recipe.get("rule", []) if isinstance(recipe, dict) else []
+    return frozenset(_name(rule["scheme"]) for rule in rules)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from l4convert.errors import InputError, UsageError
+from l4convert.errors import InputError
 from l4convert.parity.metrics import Metrics
 from l4convert.parity.policy import ELEMENTWISE, Thresholds, default_policy, load_policy, parse_policy
 
@@ -21,7 +21,7 @@ HEAD = 'schema = "l4convert.policy/1"\n'
 def test_every_bundled_recipe_has_a_policy_that_equality_passes_and_a_wrong_layer_does_not(
     recipe: str, target: str
 ) -> None:
-    policy = default_policy(recipe, target)
+    policy = default_policy(recipe, (), target)
     assert not policy.reference.broken_by(GOOD)
     assert not policy.drift.broken_by(GOOD)
     wrong = dataclasses.replace(GOOD, mean_kl=0.5, p99_kl=3.0, top1=0.7, ppl_artifact=20.0, max_rel_logit=0.5)
@@ -29,10 +29,12 @@ def test_every_bundled_recipe_has_a_policy_that_equality_passes_and_a_wrong_laye
     assert policy.drift.broken_by(wrong)
 
 
-def test_a_recipe_without_a_policy_asks_for_one() -> None:
-    with pytest.raises(UsageError, match="no default parity policy for recipe 'mine'") as caught:
-        default_policy("mine", "cpu")
-    assert "--policy" in str(caught.value.hint)
+@pytest.mark.parametrize(
+    ("schemes", "expected"),
+    [({"none", "fp8", "int4"}, "int4"), ({"none", "fp8"}, "fp8"), ({"none"}, "none"), ((), "none")],
+)
+def test_a_recipe_of_ones_own_is_held_to_the_policy_of_its_coarsest_scheme(schemes: set[str], expected: str) -> None:
+    assert default_policy("mine", schemes, "cpu") == default_policy(expected, (), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def make(*rows: SplitRow) -> ParityReport:
         target="cpu",
         kv_cache="static",
         text=TextUsed(HOSTILE, random=False, tokens=3000, windows=3, window=1000),
-        policy=default_policy("int4", "cpu"),
+        policy=default_policy("int4", (), "cpu"),
         rows=rows,
         notes=("a note",),
     )

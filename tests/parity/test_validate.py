@@ -27,7 +27,7 @@ ROWS = ["one call", "odd splits", "whole chunks", "token by token", "batch, left
 @pytest.fixture
 def info(scout_layout: Path) -> ArtifactInfo:
     """Vocabulary 128, chunks of 8."""
-    return ArtifactInfo(scout_layout, "growing", "none", "portable", open_checkpoint(scout_layout).config)
+    return ArtifactInfo(scout_layout, "growing", "none", frozenset(), "portable", open_checkpoint(scout_layout).config)
 
 
 def run(
@@ -39,7 +39,7 @@ def run(
     reference = Fake()
     if bad_reference:
         reference.logits = lambda ids: np.full((len(ids), 128), np.nan, np.float32)
-    policy = policy or default_policy("none", "portable")
+    policy = policy or default_policy("none", (), "portable")
     return compare(Fake(fault), reference, windows, info=info, used=used, policy=policy)
 
 
@@ -141,7 +141,7 @@ def test_progress_ends_at_its_total(info: ArtifactInfo) -> None:
     counter = Counter()
     ids = np.arange(60)
     used = TextUsed("test", random=False, tokens=60, windows=1, window=60)
-    compare(Fake(), Fake(), [ids], info=info, used=used, policy=default_policy("none", "cpu"), progress=counter)
+    compare(Fake(), Fake(), [ids], info=info, used=used, policy=default_policy("none", (), "cpu"), progress=counter)
     assert counter.done == counter.total > 0
 
 
