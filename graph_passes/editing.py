@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import chain, count
 from typing import Any, NamedTuple, TypeVar
 
 import onnx_ir as ir
@@ -73,13 +74,25 @@ def add_function(
     inputs: Sequence[ir.Value],
     body: Builder,
     outputs: Sequence[ir.Value],
-) -> None:
-    """Add a model-local function whose attributes, with their values, are the fields of ``spec``."""
-    graph = ir.Graph(inputs, outputs, nodes=body.nodes, opset_imports=dict(model.graph.opset_imports), name=op_type)
+) -> str:
+    """Add a model-local function whose attributes, with their values, are the fields of ``spec``; or find it there.
+
+    Returns:
+        Its overload: ``spec.overload``, numbered where a function with other attributes has that name.
+    """
     attributes = ir.convenience.convert_attributes(attributes_of(spec))
-    function = ir.Function(domain, op_type, spec.overload, graph=graph, attributes=attributes)
+    plain: str = spec.overload
+    for overload in chain([plain], (f"{plain}_{number}" for number in count(2))):
+        known = model.functions.get((domain, op_type, overload))
+        if known is None:
+            break
+        if {a.name: a.value for a in known.attributes.values()} == {a.name: a.value for a in attributes}:
+            return overload
+    graph = ir.Graph(inputs, outputs, nodes=body.nodes, opset_imports=dict(model.graph.opset_imports), name=op_type)
+    function = ir.Function(domain, op_type, overload, graph=graph, attributes=attributes)
     model.functions[function.identifier()] = function
     model.graph.opset_imports.setdefault(domain, 1)
+    return overload
 
 
 def attributes_of(spec: Any) -> dict[str, Any]:

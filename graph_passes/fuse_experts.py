@@ -69,6 +69,7 @@ def _stacked(k: int, scores: ir.Value) -> Found:
     match = Match(inputs)
     match.unify(definition.build(Builder(), MoESpec(0, 0, 0, k), inputs), output)
     bound = Inputs(*(match[x] for x in inputs))
+    _require_same_router(bound.router_logits, scores)
     down = float_weight(bound.down)
     if down is None or len(down.tensor.dims) != 3 or float_weight(bound.gate_up) is None:
         raise Mismatch("the experts' weights are not stored tensors")
@@ -83,10 +84,13 @@ def _unfused(graph: ir.Graph, k: int, scores: ir.Value, count: int) -> Found:
     match = Match([x, logits, *(w for e in experts for w in e)])
     pattern = definition.build_unfused(Builder(), MoESpec(count, 0, 0, k), x, logits, experts)
     match.unify(pattern, output)
+    _require_same_router(match[logits], scores)
+    _require_all_experts(match[logits], count)
     weights = [[_stored(match[w]) for w in expert] for expert in experts]
     kinds = {(w.tensor.dtype, w.cast) for expert in weights for w in expert}
-    if len(kinds) != 1:
-        raise Mismatch("the experts' weights are of different dtypes")
+    shapes = {tuple(w.tensor.dims for w in expert) for expert in weights}
+    if len(kinds) != 1 or len(shapes) != 1:
+        raise Mismatch("the experts' weights are of different dtypes or shapes")
     prefix = re.sub(r"\.\d+\.[^.]*_proj\.weight$", "", weights[0][0].name)
     gate_up = Stacked([SideBySide([gate.tensor, up.tensor]) for gate, up, _ in weights])
     down = Stacked([down.tensor for _, _, down in weights])
@@ -98,6 +102,23 @@ def _unfused(graph: ir.Graph, k: int, scores: ir.Value, count: int) -> Found:
     graph.extend(b.nodes)
     _, width, hidden = down.dims
     return Found(MoESpec(count, hidden, width, k), Inputs(match[x], match[logits], *stacked), output)
+
+
+def _require_same_router(router_logits: ir.Value, scores: ir.Value) -> None:
+    """What was found downstream may be the experts of a later layer."""
+    top_k = scores.producer().inputs[1].producer()  # type: ignore[union-attr]  # how _find came to the scores
+    if top_k is None or top_k.inputs[0] is not router_logits:
+        raise Mismatch(f"{scores.name} leads to other experts than its own, those of {router_logits.name}")
+
+
+def _require_all_experts(router_logits: ir.Value, count: int) -> None:
+    """A table of scores that is wider than the sum would send tokens to experts that the call does not have."""
+    router = router_logits.producer()
+    weight = float_weight(router.inputs[1]) if router is not None and router.op_type == "MatMul" else None
+    if weight is None:
+        raise Mismatch(f"{router_logits.name} is not the product with a stored router")
+    if weight.tensor.dims[-1] != count:
+        raise Mismatch(f"{count} of the router's {weight.tensor.dims[-1]} experts are summed")
 
 
 def _stored(value: ir.Value) -> Weight:
@@ -128,25 +149,23 @@ def _follow(value: ir.Value, op_type: str, times: int) -> ir.Value:
 
 def call(model: ir.Model, found: Found, scope: str) -> None:
     """Replace what was found by a call; the function is added where the model does not have it."""
-    declare(model, found.spec)
+    overload = declare(model, found.spec)
     caller = Builder()
     outputs = caller.node(
         definition.OP_TYPE,
         found.inputs,
         name=f"{scope}/moe",
         domain=definition.DOMAIN,
-        overload=found.spec.overload,
+        overload=overload,
         **attributes_of(found.spec),
     )
     model.graph.extend(caller.nodes)  # clean_up orders the nodes
     replace_outputs([found.output], outputs)
 
 
-def declare(model: ir.Model, spec: MoESpec) -> None:
-    """Add the function of a spec to the model, unless it is there."""
-    if (definition.DOMAIN, definition.OP_TYPE, spec.overload) in model.functions:
-        return
+def declare(model: ir.Model, spec: MoESpec) -> str:
+    """Add the function of a spec to the model, unless it is there; returns its overload."""
     body = Builder()
     inputs = Inputs(*(ir.Value(name=name) for name in Inputs._fields))
     output = definition.build(body, spec, inputs)
-    add_function(model, definition.DOMAIN, definition.OP_TYPE, spec, inputs, body, [output])
+    return add_function(model, definition.DOMAIN, definition.OP_TYPE, spec, inputs, body, [output])

@@ -68,13 +68,11 @@ def make_pattern(spec: AttentionSpec) -> Pattern:
 
 def _outline(model: ir.Model, node: ir.Node, pattern: Pattern, match: Match) -> None:
     arguments = [x for x in pattern.inputs if x is not None]
-    identifier = (definition.DOMAIN, definition.OP_TYPE, pattern.spec.overload)
     results = [match[x] for x in pattern.outputs]
     inputs = [match[x] for x in arguments]
-    if identifier not in model.functions:
-        add_function(
-            model, definition.DOMAIN, definition.OP_TYPE, pattern.spec, arguments, pattern.body, pattern.outputs
-        )
+    overload = add_function(
+        model, definition.DOMAIN, definition.OP_TYPE, pattern.spec, arguments, pattern.body, pattern.outputs
+    )
     caller = Builder()
     outputs = caller.node(
         definition.OP_TYPE,
@@ -82,7 +80,7 @@ def _outline(model: ir.Model, node: ir.Node, pattern: Pattern, match: Match) -> 
         outputs=3,
         name=(node.name or "").rpartition("/")[0] + "/attention",
         domain=definition.DOMAIN,
-        overload=pattern.spec.overload,
+        overload=overload,
         **attributes_of(pattern.spec),
     )
     model.graph.extend(caller.nodes)  # clean_up orders the nodes
@@ -122,6 +120,8 @@ def _chain(value: ir.Value | None) -> Iterator[ir.Node]:
     """The nodes upstream along data inputs, to the projection; the new tokens' branch where caches are joined."""
     while value is not None and (node := value.producer()) is not None and node.op_type != "MatMul":
         yield node
+        if not node.inputs:
+            return
         value = node.inputs[-1] if node.op_type == "Concat" else node.inputs[0]
 
 
@@ -155,7 +155,7 @@ def _temperature(node: ir.Node) -> tuple[float, float]:
             and constant.size == 1
         ):
             constants[producer.op_type] = float(np.float32(constant.reshape(-1)[0]))
-        value = producer.inputs[0]
+        value = producer.inputs[0] if producer.inputs else None
     if not {"Div", "Mul"} <= constants.keys():
         raise Mismatch("the query is scaled by something other than the temperature")
     return constants["Div"], constants["Mul"]

@@ -99,8 +99,7 @@ class _Quantizer:
             self.outcome.skip(node.name, "activations stay float: only one of gate_up and down has dynamic activations")
             return
         spec = dataclasses.replace(spec_of(MoESpec, node), activations="fp8")
-        fuse_experts.declare(self.model, spec)
-        node.overload = spec.overload
+        node.overload = fuse_experts.declare(self.model, spec)
         node.attributes["activations"] = ir.AttrString("activations", "fp8")
 
     def skip_rest(self) -> None:

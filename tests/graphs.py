@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.frontend.decoder import build_decoder
-from l4convert.graph_passes import CANONICAL_PASSES
+from l4convert.graph_passes import CANONICAL_PASSES, PASSES, Pass, PassReport
 from l4convert.quantization.recipe import Recipe, load_recipe
 from l4convert.targets import TARGETS
 
@@ -39,14 +39,31 @@ def op_counts(model: ir.Model) -> dict[str, int]:
     return counts
 
 
-class Client:
-    """A session and the caches of one batch of streams."""
+def run_passes(model: ir.Model, *names: str, recipe: Recipe = KEEP) -> tuple[PassReport, ...]:
+    """Run passes by name."""
+    by_name: dict[str, Pass] = {row.name: row for row in PASSES}
+    return tuple(by_name[name](model, recipe) for name in names)
 
-    def __init__(self, model: ir.Model, config: DecoderConfig, kv_cache: str) -> None:
+
+def snapshot(model: ir.Model) -> bytes:
+    """Everything a model is, weights included."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+class Client:
+    """A session and the caches of one batch of streams.
+
+    Args:
+        optimize: Let ONNX Runtime rewrite the graph. It cannot load FP8 activations then, see split_activation_scales.
+    """
+
+    def __init__(self, model: ir.Model, config: DecoderConfig, kv_cache: str, optimize: bool = True) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         proto = ir.to_proto(model).SerializeToString()
         self.session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
         self.names = [output.name for output in self.session.get_outputs()]
@@ -75,13 +92,43 @@ class Client:
         return np.concatenate(pieces, axis=1)
 
 
-def reference_logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    """transformers, eager, float32, one call without a cache: [B,T,vocab]."""
+TOKENS = 29
+SPLITS = ((TOKENS,), (5, 7, 1, 13, 3))  # chunks of 8: boundaries inside calls and between them
+
+
+def token_ids(batch: int) -> np.ndarray:
+    """Random tokens [batch, TOKENS], none of them special."""
+    return np.random.default_rng(7).integers(3, 128, (batch, TOKENS))
+
+
+def outputs(model: ir.Model, config: DecoderConfig, kv_cache: str = "growing", optimize: bool = True) -> np.ndarray:
+    """Logits [N,vocab] of a batch of two in different splits, and of a padded one; rows of padding left out."""
+    client = Client(model, config, kv_cache, optimize)
+    ids = token_ids(2)
+    pieces = [client.logits(ids, splits).reshape(-1, config.vocab_size) for splits in SPLITS]
+    mask = np.ones_like(ids)
+    mask[0, :5] = mask[1, -9:] = 0
+    pieces.append(client.logits(ids, (17, 12), mask)[mask > 0])
+    return np.concatenate(pieces)
+
+
+def reference_logits(
+    path: Path, ids: np.ndarray, weights: Callable[[str, np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """transformers, eager, float32, one call without a cache: [B,T,vocab].
+
+    Args:
+        path: The checkpoint.
+        ids: Tokens [B,T].
+        weights: Given a canonical name and its tensor in float32, the tensor to compute with instead.
+    """
     import torch
     from transformers import Llama4ForCausalLM
 
     model: Any = Llama4ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
+        for name, parameter in model.named_parameters() if weights else ():
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(weights(name, parameter.numpy()))))
         logits: np.ndarray = model.eval()(torch.tensor(ids), use_cache=False).logits.numpy()
     return logits
 
