@@ -13,6 +13,7 @@ from typing import Any
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.emit import check_destination, source_digests, write_artifact
 from l4convert.emit.plan import WEIGHTS_FILE, plan_weights
+from l4convert.emit.write import MODEL_FILE, serialize_model
 from l4convert.errors import InputError, UsageError
 from l4convert.frontend.decoder import build_decoder
 from l4convert.graph_passes import CANONICAL_PASSES, Pass, PassReport
@@ -60,7 +61,7 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What would be written: file name to bytes, of the files whose size does not depend on text to be made."""
+    """What would be written: file name to bytes, of all files but the manifest, which holds digests of the others."""
 
     passes: tuple[PassReport, ...]
     files: Mapping[str, int]
@@ -81,10 +82,9 @@ class _Conversion:
         self.model = build_decoder(self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.experts, kv_cache)
         passes = (*CANONICAL_PASSES, *self.target.lowering)
         self.reports = tuple(self.run_pass(p, options, progress) for p in passes)
-        plan = plan_weights(self.model)
-        self.weights_file_bytes = plan.total_bytes
-        self.tensor_bytes = sum(tensor.nbytes for tensor in plan.tensors)
-        self.tensor_count = sum(1 for _ in plan.tensors)
+        self.plan = plan_weights(self.model)
+        self.tensor_bytes = sum(tensor.nbytes for tensor in self.plan.tensors)
+        self.tensor_count = sum(1 for _ in self.plan.tensors)
 
     def run_pass(self, graph_pass: Pass, options: ConvertOptions, progress: Progress) -> PassReport:
         if not options.verify_passes:
@@ -130,7 +130,10 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
 def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     """What :func:`convert` would write; no weight is read and nothing is written. Raises as it does."""
     conversion = _Conversion(options, NO_PROGRESS)
-    files = {WEIGHTS_FILE: conversion.weights_file_bytes}
+    files = {
+        WEIGHTS_FILE: conversion.plan.total_bytes,
+        MODEL_FILE: len(serialize_model(conversion.model, conversion.plan)),
+    }
     files |= {path.name: path.stat().st_size for path in conversion.checkpoint.sidecars}
     written = client_files(conversion.checkpoint.config, options.kv_cache, conversion.checkpoint.sidecars)
     files |= {name: len(text.encode()) for name, text in written.items()}

@@ -125,6 +125,7 @@ def format_amount(amount: float, unit: str) -> str:
 
 def _bars(console: rich.console.Console) -> rich.progress.Progress:
     from rich import progress as bars
+    from rich.table import Column
     from rich.text import Text
 
     class Amount(bars.ProgressColumn):
@@ -140,9 +141,9 @@ def _bars(console: rich.console.Console) -> rich.progress.Progress:
 
     return bars.Progress(
         bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
+        bars.BarColumn(bar_width=16),  # with the numbers, one line of 80 columns
         bars.TaskProgressColumn(),
-        Amount(),
+        Amount(table_column=Column(no_wrap=True)),
         bars.TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     )
