@@ -107,7 +107,9 @@ class _Quantizer:
         for name, value in self.graph.initializers.items():
             if name in self.seen or name in self.dequantized or not isinstance(value.const_value, LazyTensor):
                 continue
-            if value.dtype in FLOATS and value.uses() and self.recipe.scheme_for(name).kind != "none":
+            if all(node.op_type == "DequantizeLinear" for node, _ in value.uses()):
+                continue  # the scales of a quantized weight, whose name the recipe may match as well; or unused
+            if value.dtype in FLOATS and self.recipe.scheme_for(name).kind != "none":
                 self.outcome.skip(name, "no matrix product takes it as its second operand")
 
 

@@ -62,6 +62,8 @@ class Client:
 
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        # ONNX Runtime rewrites MatMul with dequantized INT4 weights; 1: without rounding the activations to int8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         proto = ir.to_proto(model).SerializeToString()
