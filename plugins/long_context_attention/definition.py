@@ -89,9 +89,8 @@ def build(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ir
     heads = prepare_heads(b, spec, inputs)
     new_key = b.op("Transpose", heads.key, perm=[0, 2, 1, 3])
     new_value = b.op("Transpose", heads.value, perm=[0, 2, 1, 3])
-    cache = kv_cache.FORMS[spec.kv_cache](
-        b, spec.chunk_size, new_key, new_value, inputs.past_key, inputs.past_value, inputs.positions, heads.positions
-    )
+    step = kv_cache.Step(new_key, new_value, heads.positions, inputs.past_key, inputs.past_value, inputs.positions)
+    cache = kv_cache.FORMS[spec.kv_cache](b, spec.chunk_size, step)
     mask = visibility(b, spec, heads.positions, cache.positions)
     query = b.op("Transpose", heads.query, perm=[0, 2, 1, 3])
     attention = b.op(

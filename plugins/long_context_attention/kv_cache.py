@@ -15,6 +15,17 @@ import onnx_ir as ir
 from l4convert.frontend.builder import INT64_MAX, Builder
 
 
+class Step(NamedTuple):
+    """One call: new key and value [B,Hk,S,D] and their positions [B,S]; the past, and the positions [B,T] of all."""
+
+    key: ir.Value
+    value: ir.Value
+    new_positions: ir.Value
+    past_key: ir.Value
+    past_value: ir.Value
+    positions: ir.Value
+
+
 class Cache(NamedTuple):
     """key, value [B,Hk,K,D] and positions [B,K] to attend to; present_key, present_value to hand on."""
 
@@ -25,86 +36,59 @@ class Cache(NamedTuple):
     present_value: ir.Value
 
 
-CacheForm = Callable[[Builder, int, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], Cache]
+CacheForm = Callable[[Builder, int, Step], Cache]
 
 
-def growing(
-    b: Builder,
-    chunk_size: int,
-    key: ir.Value,
-    value: ir.Value,
-    past_key: ir.Value,
-    past_value: ir.Value,
-    positions: ir.Value,
-    new_positions: ir.Value,
-) -> Cache:
+def growing(b: Builder, chunk_size: int, step: Step) -> Cache:
     """Append to the past; a chunked layer attends from the first slot that any new token can see."""
-    present_key = b.op("Concat", past_key, key, axis=2)
-    present_value = b.op("Concat", past_value, value, axis=2)
+    present_key = b.op("Concat", step.past_key, step.key, axis=2)
+    present_value = b.op("Concat", step.past_value, step.value, axis=2)
     if not chunk_size:
-        return Cache(present_key, present_value, positions, present_key, present_value)
-    start = window_start(b, chunk_size, positions, new_positions)
+        return Cache(present_key, present_value, step.positions, present_key, present_value)
+    start = window_start(b, chunk_size, step.positions, step.new_positions)
     return Cache(
         b.slice(present_key, start, None, axis=2),
         b.slice(present_value, start, None, axis=2),
-        b.slice(positions, start, None, axis=1),
+        b.slice(step.positions, start, None, axis=1),
         present_key,
         present_value,
     )
 
 
-def windowed(
-    b: Builder,
-    chunk_size: int,
-    key: ir.Value,
-    value: ir.Value,
-    past_key: ir.Value,
-    past_value: ir.Value,
-    positions: ir.Value,
-    new_positions: ir.Value,
-) -> Cache:
+def windowed(b: Builder, chunk_size: int, step: Step) -> Cache:
     """As growing, but a chunked layer's past and present are the last slots only: those the next token can see."""
     if not chunk_size:
-        return growing(b, chunk_size, key, value, past_key, past_value, positions, new_positions)
-    all_key = b.op("Concat", past_key, key, axis=2)
-    all_value = b.op("Concat", past_value, value, axis=2)
+        return growing(b, chunk_size, step)
+    all_key = b.op("Concat", step.past_key, step.key, axis=2)
+    all_value = b.op("Concat", step.past_value, step.value, axis=2)
     slots = b.op("Neg", b.dim(all_key, 2))
-    held = b.slice(positions, slots, None, axis=1)
+    held = b.slice(step.positions, slots, None, axis=1)
     keep = next_chunk_start(b, chunk_size, held)
     return Cache(all_key, all_value, held, b.slice(all_key, keep, None, axis=2), b.slice(all_value, keep, None, axis=2))
 
 
-def static(
-    b: Builder,
-    chunk_size: int,
-    key: ir.Value,
-    value: ir.Value,
-    past_key: ir.Value,
-    past_value: ir.Value,
-    positions: ir.Value,
-    new_positions: ir.Value,
-) -> Cache:
+def static(b: Builder, chunk_size: int, step: Step) -> Cache:
     """Attend to the written slots and the new tokens, then write the new tokens to their slots.
 
     The values to write are gathered from the concatenation that attention reads, not from the new tokens themselves:
     past and present may be one buffer, and this makes every read of it come before the write.
     """
-    new_tokens = b.dim(key, 2)
-    past_tokens = b.op("Sub", b.dim(positions, 1), new_tokens)
-    capacity = b.dim(past_key, 2)
+    new_tokens = b.dim(step.key, 2)
+    past_tokens = b.op("Sub", b.dim(step.positions, 1), new_tokens)
+    capacity = b.dim(step.past_key, 2)
     reach = b.op("Min", capacity, b.constant([chunk_size])) if chunk_size else capacity
     slots = b.op("Min", past_tokens, reach)
-    all_key = b.op("Concat", b.slice(past_key, b.constant([0]), slots, axis=2), key, axis=2)
-    all_value = b.op("Concat", b.slice(past_value, b.constant([0]), slots, axis=2), value, axis=2)
-    length = past_length(b, positions, past_tokens)
-    held = b.op("Concat", slot_positions(b, chunk_size, slots, length), new_positions, axis=1)
-    index = write_index(b, chunk_size, slots, new_positions)
+    all_key = b.op("Concat", b.slice(step.past_key, b.constant([0]), slots, axis=2), step.key, axis=2)
+    all_value = b.op("Concat", b.slice(step.past_value, b.constant([0]), slots, axis=2), step.value, axis=2)
+    length = past_length(b, step.positions, past_tokens)
+    held = b.op("Concat", slot_positions(b, chunk_size, slots, length), step.new_positions, axis=1)
+    index = write_index(b, chunk_size, slots, step.new_positions)
     return Cache(
         all_key,
         all_value,
         held,
-        write(b, past_key, all_key, index),
-        write(b, past_value, all_value, index),
+        write(b, step.past_key, all_key, index),
+        write(b, step.past_value, all_value, index),
     )
 
 

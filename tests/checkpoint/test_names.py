@@ -11,8 +11,10 @@ from l4convert.checkpoint.config import DecoderConfig, LayerConfig
 from l4convert.checkpoint.hf_config import read_config
 from l4convert.checkpoint.names import LAYOUTS, Layout, expected_tensors, find_experts, find_layout
 from tests.checkpoints import unfuse
+from tests.shapes import SCOUT
 
-BASE = DecoderConfig(
+BASE = dataclasses.replace(
+    SCOUT,
     vocab_size=64,
     hidden_size=24,
     intermediate_size=12,
@@ -21,22 +23,7 @@ BASE = DecoderConfig(
     num_key_value_heads=2,
     head_dim=8,
     num_local_experts=3,
-    num_experts_per_tok=1,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=128,
-    attention_chunk_size=8,
-    rope_theta=500000.0,
-    rope_scaling=None,
-    use_qk_norm=True,
-    attn_temperature_tuning=True,
-    floor_scale=8.0,
-    attn_scale=0.1,
-    attention_bias=False,
-    tie_word_embeddings=False,
     layers=(),
-    bos_token_id=1,
-    eos_token_ids=(2,),
-    pad_token_id=None,
 )
 CONFIGS = st.builds(
     lambda layers, bias, tied, experts: dataclasses.replace(

@@ -8,38 +8,14 @@ from typing import Any
 
 import pytest
 
-from l4convert.checkpoint.config import DecoderConfig, LayerConfig
+from l4convert.checkpoint.config import LayerConfig
 from l4convert.errors import UsageError
 from l4convert.runtime.genai_config import genai_config
+from tests import shapes
 
 CHUNKED = LayerConfig(rope=True, chunked=True, moe=True)
 GLOBAL = LayerConfig(rope=False, chunked=False, moe=True)
-SCOUT = DecoderConfig(
-    vocab_size=202048,
-    hidden_size=5120,
-    intermediate_size=8192,
-    intermediate_size_mlp=16384,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    num_local_experts=16,
-    num_experts_per_tok=1,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=10485760,
-    attention_chunk_size=8192,
-    rope_theta=500000.0,
-    rope_scaling=None,
-    use_qk_norm=True,
-    attn_temperature_tuning=True,
-    floor_scale=8192.0,
-    attn_scale=0.1,
-    attention_bias=False,
-    tie_word_embeddings=False,
-    layers=(CHUNKED, CHUNKED, CHUNKED, GLOBAL),
-    bos_token_id=200000,
-    eos_token_ids=(200001, 200007, 200008),
-    pad_token_id=200018,
-)
+SCOUT = dataclasses.replace(shapes.SCOUT, layers=(CHUNKED, CHUNKED, CHUNKED, GLOBAL))
 
 
 def test_static_shares_buffers_and_bounds_them() -> None:
