@@ -138,7 +138,7 @@ def test_a_dry_run_reads_no_weight(checkpoint, tmp_path, monkeypatch):
             return tile(self, *args)
 
         monkeypatch.setattr(kind, "tile", checked)
-    options = ConvertOptions(checkpoint, tmp_path / "out")
+    options = ConvertOptions(checkpoint, tmp_path / "out", recipe="none")
     assert plan_conversion(options).bytes > 0
     with pytest.raises(AssertionError, match="was read"):
         convert(options)
