@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -32,10 +33,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=HERE / "out", help="folder for the artifacts (default: out)")
     parser.add_argument("--tokens", type=int, default=3000, help="held-out tokens to compare on")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    print("$ cd", shlex.quote(os.path.relpath(HERE)))
     try:
-        rows = [convert_and_validate(options.output / name, flags, options.tokens) for name, flags in ARTIFACTS.items()]
-        artifact = shown(options.output / "int4-static")
+        rows = [convert_and_validate(output / name, flags, options.tokens) for name, flags in ARTIFACTS.items()]
+        artifact = shown(output / "int4-static")
         l4convert(
             "generate", artifact, "--prompt", PROMPT, "--max-new-tokens", "100", "--temperature", "0.7", "--seed", "7"
         )
@@ -71,15 +74,14 @@ def convert_and_validate(artifact: Path, flags: list[str], tokens: int) -> dict[
 
 
 def l4convert(*arguments: str) -> None:
-    """Show a command and run it."""
+    """Show a command and run it in this folder."""
     print("$", shlex.join(["l4convert", *arguments]), flush=True)
-    subprocess.run([sys.executable, "-m", "l4convert", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "l4convert", *arguments], check=True, cwd=HERE)
 
 
 def shown(path: Path) -> str:
-    """A path as a person would type it from here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    """A path as a person would type it in this folder."""
+    return str(path.relative_to(HERE)) if path.is_relative_to(HERE) else str(path)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
