@@ -105,7 +105,11 @@ def test_a_text_config_is_copied_as_it_is(scout_layout, tmp_path):
 
 def test_other_client_files(converted, checkpoint):
     tokenizer = (converted.output / "tokenizer_config.json").read_text()
-    assert json.loads(tokenizer) == {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "é"}
+    assert json.loads(tokenizer) == {
+        "model_input_names": ["input_ids", "attention_mask"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "é",
+    }
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (converted.output / name).read_bytes() == (checkpoint / name).read_bytes()
     genai = json.loads((converted.output / "genai_config.json").read_text())

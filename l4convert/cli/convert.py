@@ -21,7 +21,7 @@ Recipes:
   int4          weights of attention, MLP and experts in 4 bits, one scale a block
   fp8           the same weights in E4M3, activations quantized per token at run time
   fp8-experts   only the routed experts in E4M3
-  none          float32
+  none          weights as the checkpoint has them
   FILE.toml     your own: a scheme for each name pattern, the first match wins
 
 \b

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from l4convert.parity.outcome import ParityReport
 
 # The widest row of the table of results; a narrower terminal wraps it rather than losing numbers.
-_TABLE_WIDTH = 150
+_TABLE_WIDTH = 250
 
 EPILOG = """\b
 Examples:

@@ -68,12 +68,14 @@ def check_destination(out: Path, overwrite: bool, keep_clear_of: Sequence[Path] 
         InputError: The filesystem does not let itself be asked.
     """
     with reported(f"{out}: cannot be used"):
-        _check_destination(Path(os.path.realpath(out)), overwrite, keep_clear_of)
+        _check_destination(out, overwrite, keep_clear_of)
 
 
 def _check_destination(out: Path, overwrite: bool, keep_clear_of: Sequence[Path]) -> None:
-    for folder in (Path(os.path.realpath(path)) for path in keep_clear_of):
-        if out.is_relative_to(folder) or folder.is_relative_to(out):
+    real = Path(os.path.realpath(out))
+    for folder in keep_clear_of:
+        source = Path(os.path.realpath(folder))
+        if real.is_relative_to(source) or source.is_relative_to(real):
             raise UsageError(f"{out}: the output folder must not be, lie in or contain the checkpoint {folder}")
     if not out.exists():
         return
@@ -86,7 +88,7 @@ def _check_destination(out: Path, overwrite: bool, keep_clear_of: Sequence[Path]
             f"{out}: is not replaced, because it holds something else than an l4convert artifact (no {MANIFEST_FILE})",
             hint="choose another output folder, or empty this one yourself",
         )
-    if os.path.ismount(out):
+    if os.path.ismount(real):
         raise UsageError(f"{out}: is a mount point, which cannot be replaced", hint=f"choose {out / 'artifact'}")
 
 

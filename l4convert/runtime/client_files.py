@@ -48,10 +48,15 @@ def text_config(content: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def portable_tokenizer_config(content: dict[str, Any]) -> Mapping[str, Any]:
-    """``TokenizersBackend`` is transformers 5's name for what every version knows as ``PreTrainedTokenizerFast``."""
-    if content.get("tokenizer_class") != "TokenizersBackend":
-        return content
-    return {**content, "tokenizer_class": "PreTrainedTokenizerFast"}
+    """What transformers 5 leaves out or calls otherwise, as older versions need it.
+
+    ``TokenizersBackend`` is its name for ``PreTrainedTokenizerFast``. Without ``model_input_names`` older versions make
+    ``token_type_ids`` too, which the decoder does not take.
+    """
+    renamed = (
+        {"tokenizer_class": "PreTrainedTokenizerFast"} if content.get("tokenizer_class") == "TokenizersBackend" else {}
+    )
+    return {"model_input_names": ["input_ids", "attention_mask"], **content, **renamed}
 
 
 REWRITES = {

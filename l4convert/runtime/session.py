@@ -19,6 +19,10 @@ from l4convert.runtime.runner import FloatArray, IntArray, check_step
 # beside the weights (Scout: 0.8 GB of float32 caches).
 DEFAULT_MAX_LENGTH = 4096
 
+# Session configuration under which ONNX Runtime computes what the graph says. It rewrites MatMul with a dequantized
+# INT4 matrix to MatMulNBits, by default (4) with activations rounded to int8; 1 keeps them float32.
+FLOAT_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+
 _CACHE_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -117,7 +121,7 @@ class OrtStream:
         try:
             logits = self._cache.run(feeds)
         except Exception as error:  # onnxruntime's exception types are private and differ between versions
-            summary = str(error).strip().splitlines()[0]
+            summary = _summary(error)
             file = self._session.info.path / MODEL_FILE
             raise InputError(f"{file}: ONNX Runtime failed: {summary}") from error
         expected = (*input_ids.shape, self._session.config.vocab_size)
@@ -140,6 +144,7 @@ class OrtStream:
             )
 
 
+_SUMMARY_CHARS = 240
 _VOCABULARY_HINT = "The artifact's tokenizer.json belongs to another model."
 
 
@@ -162,18 +167,17 @@ def load_model(model: Path, threads: int | None = None, *, optimized: bool = Tru
     if not model.is_file():
         raise InputError(f"{model}: no such file", "Convert the checkpoint again.")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors become exceptions; warnings about placement are noise
+    options.log_severity_level = 4  # errors become exceptions, and are not printed as well
     if threads is not None:
         options.intra_op_num_threads = threads
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # It rewrites MatMul with a dequantized INT4 matrix to MatMulNBits, by default with activations rounded to int8 (4);
-    # 1 keeps them float32, as the graph says.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    for key, value in FLOAT_ACTIVATIONS.items():
+        options.add_session_config_entry(key, value)
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
-        summary = str(error).strip().splitlines()[0]
+        summary = _summary(error)
         hint = "`l4convert verify` tells whether the artifact is whole; `l4convert doctor` which ONNX Runtime is here."
         raise InputError(f"{model}: ONNX Runtime cannot load it: {summary}", hint) from error
 
@@ -206,3 +210,10 @@ def _check_names(file: Path, kind: str, found: set[str], expected: set[str]) -> 
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             hint = "Was it written by another program, or for another model than its manifest says?"
             raise InputError(f"{file}: the graph {problem} {kind} {min(names)}{more}", hint)
+
+
+def _summary(error: Exception) -> str:
+    """What ONNX Runtime says, on one line and without the C++ signatures in front of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return text if len(text) <= _SUMMARY_CHARS else f"...{text[-_SUMMARY_CHARS:]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -68,6 +69,10 @@ class Writer:
         self.process.stdin.flush()
         return self._number()
 
+    def kill(self, child: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it was done before the moment came
+            os.kill(child, signal.SIGKILL)
+
     def wait(self) -> int:
         return self._number()
 
@@ -103,7 +108,7 @@ def test_a_killed_run_leaves_only_the_staging_folder_and_the_next_one_succeeds(
     for _ in range(15):
         child = writer.start(out)
         time.sleep(moments.uniform(0, 0.35))
-        os.kill(child, signal.SIGKILL)
+        writer.kill(child)
         writer.wait()
         left = {path.name for path in tmp_path.iterdir()}
         if "out" in left:
@@ -128,7 +133,7 @@ def test_a_kill_while_overwriting_leaves_an_artifact_whole(
     for _ in range(6):
         child = writer.start(out, "-f")
         time.sleep(moments.uniform(0, 0.35))
-        os.kill(child, signal.SIGKILL)
+        writer.kill(child)
         writer.wait()
         assert not out.exists() or _snapshot(out) in (old, undisturbed)  # between two renames there is none
     writer.start(out, "-f")
