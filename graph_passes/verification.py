@@ -31,7 +31,7 @@ def verified(
     outputs only have to be finite: their distance is what ``validate`` measures.
 
     Raises:
-        CheckFailed: An output differs or is not finite.
+        CheckFailed: An output differs, is gone or is not finite, or the graph does not run any more.
         InputError: The weights do not fit in memory, in which the graph has to run.
     """
     _check_memory(model)
@@ -39,11 +39,24 @@ def verified(
         before = _run(model, config, kv_cache)
         task.advance(1)
         report = graph_pass(model, recipe)
-        after = _run(model, config, kv_cache)
+        after = _run_after(graph_pass, model, config, kv_cache)
         task.advance(1)
     for name, expected in before.items():
+        if name not in after:
+            raise CheckFailed(f"pass {graph_pass.name}: {name} is no output any more")
         _compare(graph_pass, name, expected, after[name])
     return report
+
+
+def _run_after(graph_pass: Pass, model: ir.Model, config: DecoderConfig, kv_cache: str) -> Arrays:
+    """What ran before the pass and does not run now is the pass's doing."""
+    try:
+        return _run(model, config, kv_cache)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # onnxruntime's exception types are private and differ between versions
+        summary = " ".join(str(error).split())
+        raise CheckFailed(f"pass {graph_pass.name}: the graph does not run any more: {summary}") from error
 
 
 def _compare(graph_pass: Pass, name: str, expected: np.ndarray, actual: np.ndarray) -> None:

@@ -80,7 +80,27 @@ def _divide_by_zero(model: ir.Model, recipe: Any) -> Outcome:
     return Outcome(1)
 
 
+def _drop_an_output(model: ir.Model, recipe: Any) -> Outcome:
+    del model.graph.outputs[-1]
+    return Outcome(1)
+
+
+def _name_an_operator_that_is_none(model: ir.Model, recipe: Any) -> Outcome:
+    node(model, "layers.0/self_attn/And").op_type = "Nand"
+    return Outcome(1)
+
+
+def _gather_beyond_the_table(model: ir.Model, recipe: Any) -> Outcome:
+    """The model loads; a call fails."""
+    beyond = constant(model, 1000, np.int64)
+    insert_after(model, "layers.0/self_attn/Mod", "Add", beyond)
+    return Outcome(1)
+
+
 BROKEN = {
+    _drop_an_output: "inside a chunk: present.3.value is no output any more",
+    _name_an_operator_that_is_none: "the graph does not run any more: .*Nand",
+    _gather_beyond_the_table: "the graph does not run any more: .*Gather",
     _scale_the_values: "logits differs by .*, more than",
     _look_over_the_boundary: "across a boundary: logits differs by",
     _spoil_a_cache: "inside a chunk: present.3.value differs by",
