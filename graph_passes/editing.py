@@ -116,6 +116,19 @@ def replace_outputs(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
+def replace_node(graph: ir.Graph, node: ir.Node, b: Builder, outputs: Sequence[ir.Value], domain: str = "") -> None:
+    """Put the nodes of a builder in the place of one node.
+
+    Args:
+        outputs: What stands for the node's outputs now.
+        domain: A domain that the new nodes need beside the standard one.
+    """
+    graph.insert_before(node, b.nodes)
+    replace_outputs(node.outputs, outputs)
+    if domain:
+        graph.opset_imports.setdefault(domain, 1)
+
+
 def clean_up(model: ir.Model) -> None:
     """Order nodes by their dependencies and drop what nothing uses any more: nodes, weights, functions, opsets."""
     common.RemoveUnusedNodesPass()(model)

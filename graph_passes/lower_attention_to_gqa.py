@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
 from l4convert.graph_passes.base import Outcome
-from l4convert.graph_passes.editing import clean_up, replace_outputs, spec_of
+from l4convert.graph_passes.editing import clean_up, replace_node, spec_of
 from l4convert.plugins.long_context_attention import definition, kv_cache
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, Heads, Inputs
 from l4convert.quantization.recipe import Recipe
@@ -36,9 +36,7 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
         inputs = Inputs(**{name: values.get(name) for name in Inputs._fields})  # type: ignore[arg-type]
         b = Builder(node.name or "attention")
         replacement = _choose(b, spec, inputs)
-        model.graph.insert_before(node, b.nodes)
-        replace_outputs(node.outputs, replacement)
-        model.graph.opset_imports.setdefault(CONTRIB, 1)
+        replace_node(model.graph, node, b, replacement, CONTRIB)
         outcome.fired += 1
     clean_up(model)
     return outcome

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from l4convert.checkpoint.lazy import transposed
 from l4convert.frontend.builder import Builder
 from l4convert.graph_passes.base import Outcome
-from l4convert.graph_passes.editing import add_initializer, clean_up, quantized_weight, replace_outputs
+from l4convert.graph_passes.editing import add_initializer, clean_up, quantized_weight, replace_node
 from l4convert.quantization import layouts
 from l4convert.quantization.recipe import Recipe
 
@@ -40,9 +40,7 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
             bits=4,
             block_size=weight.block_size,
         )
-        model.graph.insert_before(node, b.nodes)
-        replace_outputs(node.outputs, output)
-        model.graph.opset_imports.setdefault(CONTRIB, 1)
+        replace_node(model.graph, node, b, output, CONTRIB)
         outcome.fired += 1
     clean_up(model)
     return outcome

@@ -21,7 +21,7 @@ from l4convert.graph_passes.editing import (
     clean_up,
     map_weight,
     quantized_weight,
-    replace_outputs,
+    replace_node,
     spec_of,
 )
 from l4convert.graph_passes.quantize_weights import is_moe
@@ -56,9 +56,7 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
             outcome.skip(node.name, "the experts' weights are not stored tensors")
             continue
         output = _route(b, spec, inputs, experts)
-        model.graph.insert_before(node, b.nodes)
-        replace_outputs(node.outputs, [output])
-        model.graph.opset_imports.setdefault(CONTRIB, 1)
+        replace_node(model.graph, node, b, [output], CONTRIB)
         outcome.fired += 1
     clean_up(model)
     return outcome

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
 from l4convert.graph_passes.base import Outcome
-from l4convert.graph_passes.editing import clean_up, replace_outputs
+from l4convert.graph_passes.editing import clean_up, replace_node
 from l4convert.graph_passes.matching import constant_of
 from l4convert.quantization.recipe import Recipe
 
@@ -27,8 +27,7 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
             b = Builder(node.name or "activations")
             plain = b.op("DequantizeLinear", node.inputs[0], b.constant(1.0, np.float32))
             product = b.op("Mul", plain, scale)
-            graph.insert_before(node, b.nodes)
-            replace_outputs(node.outputs, [product])
+            replace_node(graph, node, b, [product])
             outcome.fired += 1
     clean_up(model)
     return outcome
