@@ -152,6 +152,17 @@ def test_blocks_that_do_not_divide_k(k96, block_size, form):
         assert counts["MatMulNBits"] == 28
 
 
+@pytest.mark.parametrize("form", ["portable", "cpu"])
+def test_odd_widths(tmp_path, form):
+    """Two 4-bit values a byte, and rows of 33 and 35 of them."""
+    checkpoint = open_checkpoint(write_random_checkpoint(tmp_path, intermediate_size=33, intermediate_size_mlp=35))
+    rules = everything(Scheme("int4", 32, "absmax"))
+    ids = token_ids(1)
+    expected = reference_logits(checkpoint.path, ids, dequantized(rules))
+    client = Client(lowered(checkpoint, form, recipe=rules), checkpoint.config, "growing")
+    assert relative_error(client.logits(ids, [TOKENS]), expected) <= 1e-4
+
+
 CUSTOM = {
     "only gate_up": recipe(("*.experts.gate_up_proj", Scheme("int4", 32, "absmax"))),
     "only down": recipe(("*.experts.down_proj", Scheme("int4", 32, "absmax"))),
