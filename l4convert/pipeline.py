@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from l4convert.checkpoint import Checkpoint, open_checkpoint
-from l4convert.emit import check_destination, source_digests, write_artifact
+from l4convert.emit import Filling, check_destination, source_digests, write_artifact
+from l4convert.emit.memory import parse_size
 from l4convert.emit.plan import WEIGHTS_FILE, plan_weights
 from l4convert.emit.write import MODEL_FILE, serialize_model
 from l4convert.errors import InputError, UsageError
@@ -27,7 +28,10 @@ __all__ = ["ConversionPlan", "ConvertOptions", "ConvertResult", "PassReport", "c
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What ``l4convert convert`` is asked for; field by field the options of that command."""
+    """What ``l4convert convert`` is asked for; field by field the options of that command.
+
+    ``jobs`` and ``memory_limit`` (as "4G") change how fast the artifact is written, not one byte of it.
+    """
 
     checkpoint: Path
     output: Path
@@ -37,6 +41,9 @@ class ConvertOptions:
     kv_cache: str = "growing"
     verify_passes: bool = False
     overwrite: bool = False
+    restart: bool = False
+    jobs: int | None = None
+    memory_limit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class ConvertResult:
     Attributes:
         passes: One report for each pass that ran, in order.
         bytes, tensors: Size and number of the tensors in the weights file.
+        resumed_bytes: How many of the bytes an earlier run had written.
         seconds: Wall time of the whole conversion.
     """
 
@@ -56,6 +64,7 @@ class ConvertResult:
     passes: tuple[PassReport, ...]
     bytes: int
     tensors: int
+    resumed_bytes: int
     seconds: float
 
 
@@ -98,13 +107,17 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
     """Convert a checkpoint into an artifact.
 
     Raises:
-        UsageError: Unknown target, recipe or cache form, or an output folder that is in use.
-        InputError: The checkpoint or recipe is not usable, or the disk is not large enough.
+        UsageError: Unknown target, recipe or cache form, an output folder that is in use or holds an unfinished run of
+            other options, or a memory limit that is too small.
+        InputError: The checkpoint or recipe is not usable, the checkpoint changed since an unfinished run, or the disk
+            is not large enough.
         CheckFailed: ``verify_passes`` was asked for and a pass changed what the graph computes.
     """
     start = time.monotonic()
+    filling = _filling(options)
     conversion = _Conversion(options, progress)
     checkpoint = conversion.checkpoint
+    resumed: list[int] = []
     write_artifact(
         conversion.model,
         options.output,
@@ -114,6 +127,9 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         overwrite=options.overwrite,
         progress=progress,
         checkpoint=checkpoint.path,
+        sources=checkpoint.files,
+        filling=filling,
+        on_resumed=resumed.append,
     )
     return ConvertResult(
         output=options.output,
@@ -123,6 +139,7 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         passes=conversion.reports,
         bytes=conversion.tensor_bytes,
         tensors=conversion.tensor_count,
+        resumed_bytes=sum(resumed),
         seconds=time.monotonic() - start,
     )
 
@@ -138,6 +155,11 @@ def plan_conversion(options: ConvertOptions) -> ConversionPlan:
     written = client_files(conversion.checkpoint.config, options.kv_cache, conversion.checkpoint.sidecars)
     files |= {name: len(text.encode()) for name, text in written.items()}
     return ConversionPlan(conversion.reports, files, conversion.tensor_bytes, conversion.tensor_count)
+
+
+def _filling(options: ConvertOptions) -> Filling:
+    limit = None if options.memory_limit is None else parse_size(options.memory_limit)
+    return Filling(options.jobs, limit, options.restart)
 
 
 def _target(options: ConvertOptions) -> Target:

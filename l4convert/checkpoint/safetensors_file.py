@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.pages import read_tile
 from l4convert.checkpoint.text import parse_object, quote, require_file, show
 from l4convert.errors import InputError
 
@@ -84,8 +85,10 @@ class Stored(LazyTensor):
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         if not self.size:
             return np.empty(self.matrix, self.dtype.numpy())[batch, rows, cols]
-        whole: np.ndarray = np.ndarray(self.matrix, self.dtype.numpy(), buffer=_mapped(self._state), offset=self.offset)
-        return whole[batch, rows, cols]
+        mapping = _mapped(self._state)
+        offset = self.offset + batch * (self.nbytes // self.matrix[0])
+        matrix: np.ndarray = np.ndarray(self.matrix[1:], self.dtype.numpy(), buffer=mapping, offset=offset)
+        return read_tile(mapping, offset, matrix, rows, cols)
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
