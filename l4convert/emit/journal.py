@@ -67,7 +67,7 @@ def read_journal(path: Path) -> Recorded | None:
 def changed_facts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the facts that differ, those of ``now`` first and in its order."""
     known = json.loads(json.dumps(now))  # tuples become lists, as they did in the file
-    return [name for name in [*known, *recorded] if known.get(name) != recorded.get(name)]
+    return [name for name in dict.fromkeys([*known, *recorded]) if known.get(name) != recorded.get(name)]
 
 
 class Journal:
