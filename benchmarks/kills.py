@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 NANO = REPO / "examples" / "01_convert_nano_scout" / "checkpoint"
@@ -38,7 +39,12 @@ def larger(folder: Path) -> Path:
     sys.path.insert(0, str(REPO))
     from tests.checkpoints import write_random_checkpoint
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_local_experts": 16, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_local_experts": 16,
+        "num_hidden_layers": 2,
+    }
     return write_random_checkpoint(folder / "checkpoint", **sizes)
 
 
