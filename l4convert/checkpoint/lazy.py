@@ -122,7 +122,7 @@ class LazyTensor(ir.TensorProtocol):
         """
         batch, rows, cols = self.matrix
         if self.dtype in _UNPACKED_UINT8 and cols % 2:
-            yield 0, pack_nibbles(self.numpy().reshape(-1))  # rows share bytes, so they cannot be written apart
+            yield 0, array_bytes(self.numpy(), self.dtype)  # rows share bytes, so they cannot be written apart
             return
         step = max(1, min(rows, elements // max(cols, 1)))
         row_bytes = int(cols * self.dtype.itemsize)
@@ -141,6 +141,11 @@ def matrix_of(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) < 2:
         return (1, 1, math.prod(shape))
     return (math.prod(shape[:-2]), shape[-2], shape[-1])
+
+
+def array_bytes(array: np.ndarray, dtype: ir.DataType) -> bytes:
+    """The storage bytes of an array: little-endian, 4-bit types packed two to a byte."""
+    return pack_nibbles(array.reshape(-1)) if dtype in _UNPACKED_UINT8 else array.tobytes()
 
 
 def pack_nibbles(flat: np.ndarray) -> bytes:

@@ -60,9 +60,9 @@ def int4(weight: np.ndarray, block_size: int, scale: str, packed: bool) -> tuple
         packed: Two values a byte, or one.
 
     Returns:
-        Values and scales, or None where the weight is not finite. Values are uint8: packed [N, nb * block_size / 2], the
-        earlier value in the low nibble, with the last block filled up; else [N, K], the upper nibble clear, contiguous
-        along N. Scales are float32 [N, nb], contiguous along N.
+        Values and scales, or None where the weight is not finite. Values are uint8: packed [N, nb * block_size / 2],
+        the earlier value in the low nibble, with the last block filled up; else [N, K], the upper nibble clear,
+        contiguous along N. Scales are float32 [N, nb], contiguous along N.
     """
     assert _library is not None
     weight = _readable(weight)
@@ -88,7 +88,11 @@ def int4(weight: np.ndarray, block_size: int, scale: str, packed: bool) -> tuple
 
 
 def magnitudes(weight: np.ndarray) -> np.ndarray:
-    """Largest magnitude of every row of a BF16, FP16 or FP32 matrix [N, K]: float32 [N], NaN or inf if the row is not finite."""
+    """Largest magnitude of every row of a BF16, FP16 or FP32 matrix [N, K].
+
+    Returns:
+        float32 [N], NaN or infinite where the row is not finite.
+    """
     assert _library is not None
     weight = _readable(weight)
     memory, by_column = _as_stored(weight)
@@ -100,7 +104,15 @@ def magnitudes(weight: np.ndarray) -> np.ndarray:
 
 
 def fp8(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Finite BF16, FP16 or FP32 [N, K] divided by scales [N], as FLOAT8E4M3FN [N, K] in the weight's own memory order."""
+    """Divide the rows of a finite matrix by their scales and round, as :func:`.fp8.to_e4m3`.
+
+    Args:
+        weight: BF16, FP16 or FP32 [N, K] of any strides.
+        scales: float32 [N].
+
+    Returns:
+        FLOAT8E4M3FN [N, K] in the weight's memory order.
+    """
     assert _library is not None
     weight = _readable(weight)
     memory, by_column = _as_stored(weight)
@@ -133,4 +145,4 @@ def _as_stored(weight: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _is_bf16(weight: np.ndarray) -> bool:
-    return weight.dtype == ml_dtypes.bfloat16
+    return weight.dtype == np.dtype(ml_dtypes.bfloat16)

@@ -266,6 +266,15 @@ INLINE Floats NAME(load_some)(const uint8_t *from, int64_t count, int bf16)
     return NAME(load_source)(some, bf16);
 }
 
+/* Write the first `count` (at most LANES) items of a vector. */
+INLINE void NAME(store_some)(void *to, const void *vector, int64_t count, int item)
+{
+    if (count >= LANES)
+        memcpy(to, vector, LANES * item);
+    else
+        memcpy(to, vector, count * item);
+}
+
 /* Largest magnitudes, as bit patterns: of every row, or (by_column) of every column. */
 INLINE void NAME(magnitudes_of)(const Matrix *m, int bf16, int by_column, int32_t *out)
 {
@@ -277,10 +286,9 @@ INLINE void NAME(magnitudes_of)(const Matrix *m, int bf16, int by_column, int32_
             int64_t left = m->columns - c;
             Ints bits = (Ints)NAME(load_some)(m->data + r * m->stride + c * (bf16 ? 2 : 4), left, bf16) & INT32_MAX;
             if (by_column) {
-                Ints known = {0};
-                memcpy(&known, out + c, sizeof(int32_t) * (left < LANES ? left : LANES));
+                Ints known = (Ints)NAME(load_some)((const uint8_t *)(out + c), left, 0);
                 known = NAME(larger)(known, bits);
-                memcpy(out + c, &known, sizeof(int32_t) * (left < LANES ? left : LANES));
+                NAME(store_some)(out + c, &known, left, 4);
             } else
                 largest = NAME(larger)(largest, bits);
         }
@@ -316,7 +324,7 @@ INLINE void NAME(fp8_of)(const Matrix *m, int bf16, int by_column, const float *
             Floats x = NAME(load_some)(m->data + r * m->stride + c * (bf16 ? 2 : 4), left, bf16);
             Floats scale = by_column ? NAME(load_some)((const uint8_t *)(scales + c), left, 0) : NAME(all)(scales[r]);
             Bytes codes = NAME(e4m3)(x / scale);
-            memcpy(out + r * m->columns + c, &codes, left < LANES ? left : LANES);
+            NAME(store_some)(out + r * m->columns + c, &codes, left, 1);
         }
 }
 
