@@ -145,4 +145,4 @@ def _as_stored(weight: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _is_bf16(weight: np.ndarray) -> bool:
-    return weight.dtype == np.dtype(ml_dtypes.bfloat16)
+    return bool(weight.dtype == np.dtype(ml_dtypes.bfloat16))
