@@ -112,6 +112,3 @@ EXPORT int l4_fp8(const uint8_t *data, int64_t rows, int64_t columns, int64_t st
 
 /* Counts changes of this interface; native.py refuses a library of another count. */
 EXPORT int l4_interface(void) { return 1; }
-
-/* Built as a Python extension because that is what packaging tools build; ctypes loads it, Python never imports it. */
-EXPORT void *PyInit__native(void) { return nullptr; }

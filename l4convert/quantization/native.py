@@ -8,7 +8,6 @@ is single-threaded, thread-safe and releases the GIL. docs/adr/0010-quantization
 from __future__ import annotations
 
 import ctypes
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import ml_dtypes
@@ -29,19 +28,13 @@ _SIGNATURES = {
 
 
 def _load() -> ctypes.CDLL | None:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if not path.exists():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-            for name, arguments in _SIGNATURES.items():
-                getattr(library, name).argtypes = arguments
-        except (OSError, AttributeError):  # built for another platform, or from another version of the source
-            continue
-        if library.l4_interface() == _INTERFACE:
-            return library
-    return None
+    try:
+        library = ctypes.CDLL(str(Path(__file__).with_name("kernels.bin")))
+        for name, arguments in _SIGNATURES.items():
+            getattr(library, name).argtypes = arguments
+    except (OSError, AttributeError):  # not built, or built for another platform or from another version of the source
+        return None
+    return library if library.l4_interface() == _INTERFACE else None
 
 
 _library = _load()
