@@ -89,7 +89,8 @@ def test_the_wheel_builds_and_quantizes_without_a_compiler(source, tmp_path):
         assert KERNELS not in archive.namelist()
         archive.extractall(tmp_path / "site")
     code = (
-        "import numpy as np; from l4convert.checkpoint.lazy import Constant; from l4convert.quantization import native\n"
+        "import numpy as np; from l4convert.checkpoint.lazy import Constant\n"
+        "from l4convert.quantization import native\n"
         "from l4convert.quantization.int4 import quantize_int4\n"
         "values, _ = quantize_int4(Constant(np.full((1, 4), 2.0, np.float32)), 32, 'absmax')\n"
         "print(native.AVAILABLE, values.tobytes().hex())"

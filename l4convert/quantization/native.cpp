@@ -45,6 +45,42 @@ static inline __attribute__((always_inline)) float scalar(const uint8_t *from, i
     return x;
 }
 
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef uint16_t FourHalves __attribute__((vector_size(8)));
+
+static inline __attribute__((always_inline)) Four load_four(const uint8_t *from, int bf16)
+{
+    Four x;
+    if (bf16) {
+        FourHalves h;
+        memcpy(&h, from, sizeof h);
+        return (Four)(__builtin_convertvector(h, FourInts) << 16);
+    }
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (FourInts){__VA_ARGS__})
+#endif
+
+/* to[k][n] = from[n][k] for four n and four k. */
+static inline __attribute__((always_inline)) void transpose_four(float *to, const uint8_t *from, int64_t stride_n,
+                                                                 int bf16)
+{
+    Four a = load_four(from, bf16), b = load_four(from + stride_n, bf16);
+    Four c = load_four(from + 2 * stride_n, bf16), d = load_four(from + 3 * stride_n, bf16);
+    Four ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
+    Four AB = SHUFFLE(a, b, 2, 6, 3, 7), CD = SHUFFLE(c, d, 2, 6, 3, 7);
+    Four columns[4] = {SHUFFLE(ab, cd, 0, 1, 4, 5), SHUFFLE(ab, cd, 2, 3, 6, 7), SHUFFLE(AB, CD, 0, 1, 4, 5),
+                       SHUFFLE(AB, CD, 2, 3, 6, 7)};
+    for (int k = 0; k < 4; k++)
+        memcpy(to + k * STRIP, &columns[k], sizeof(Four));
+}
+
 #if defined(__x86_64__)
 #define NAME(x) x##_sse2
 #define TARGET

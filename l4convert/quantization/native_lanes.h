@@ -46,6 +46,12 @@ INLINE void NAME(gather)(float *strip, const Source *s, int64_t n0, int width, i
     int item = bf16 ? 2 : 4;
     if (width < STRIP || depth < rows)
         memset(strip, 0, sizeof(float) * STRIP * rows);
+    if (s->stride_k == item && width == STRIP && depth % 4 == 0) {
+        for (int n = 0; n < STRIP; n += 4)
+            for (int k = 0; k < depth; k += 4)
+                transpose_four(strip + k * STRIP + n, from + n * s->stride_n + k * item, s->stride_n, bf16);
+        return;
+    }
     if (s->stride_n != item || width < STRIP) {
         for (int n = 0; n < width; n++)
             for (int k = 0; k < depth; k++)
@@ -216,21 +222,21 @@ INLINE int NAME(int4_of)(const Source *s, int bf16, int block, int lse, int pack
 {
     float strip[MAX_BLOCK * STRIP], row[STRIP];
     Ints largest = {0};
-    int64_t count = (s->k + block - 1) / block;
-    for (int64_t b = 0; b < count; b++) {
+    int64_t count = (s->k + block - 1) / block, strips = (s->n + STRIP - 1) / STRIP;
+    int along_k = s->stride_k == (bf16 ? 2 : 4); /* in the order of the source's memory */
+    for (int64_t i = 0; i < count * strips; i++) {
+        int64_t b = along_k ? i % count : i / strips, n = (along_k ? i / count : i % strips) * STRIP;
         int depth = (int)(s->k - b * block < block ? s->k - b * block : block);
-        for (int64_t n = 0; n < s->n; n += STRIP) {
-            int width = (int)(s->n - n < STRIP ? s->n - n : STRIP);
-            NAME(gather)(strip, s, n, width, b * block, depth, block, bf16);
-            for (int lane = 0; lane < STRIP; lane += LANES)
-                largest = NAME(larger)(largest, NAME(blocks)(strip + lane, block, lse, row + lane));
-            memcpy(scales + b * s->n + n, row, sizeof(float) * width);
-            if (packed)
-                NAME(emit_packed)((int32_t *)strip, block, width, out + n * count * block / 2 + b * block / 2,
-                                  count * block / 2);
-            else
-                NAME(emit_bytes)((int32_t *)strip, depth, width, out + b * block * s->n + n, s->n);
-        }
+        int width = (int)(s->n - n < STRIP ? s->n - n : STRIP);
+        NAME(gather)(strip, s, n, width, b * block, depth, block, bf16);
+        for (int lane = 0; lane < STRIP; lane += LANES)
+            largest = NAME(larger)(largest, NAME(blocks)(strip + lane, block, lse, row + lane));
+        memcpy(scales + b * s->n + n, row, sizeof(float) * width);
+        if (packed)
+            NAME(emit_packed)((int32_t *)strip, block, width, out + n * count * block / 2 + b * block / 2,
+                              count * block / 2);
+        else
+            NAME(emit_bytes)((int32_t *)strip, depth, width, out + b * block * s->n + n, s->n);
     }
     int broken = 0;
     for (int lane = 0; lane < LANES; lane++)
