@@ -1,6 +1,6 @@
 """Speed of quantization: BF16 weights in memory to the bytes that an artifact stores.
 
-    python benchmarks/kernels.py [--threads 1 2] [--rows 5120] [--columns 4096] [--repeat 5] [--json OUT.json]
+    python benchmarks/kernels.py [--threads 1 2] [--rows K] [--columns N] [--repeat 5] [--only TEXT] [--json OUT.json]
 
 Each thread works on a matrix of its own. Rates are 10^9 parameters a second: the best and the median of the repeats by
 the clock, and the best by processor time, for one core, which other work on the machine disturbs less. "of copy" is the
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=5120, help="K, the contracted axis (a multiple of 128)")
     parser.add_argument("--columns", type=int, default=4096, help="N")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only what has this in its name")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -60,7 +61,8 @@ def main() -> None:
     rows = []
     for threads in options.threads:
         copy = measure("copy BF16", copier(weights), threads, weights[0].size, options.repeat, None)
-        for what, work in (("copy BF16", None), *workloads(weights)):
+        chosen = [(what, work) for what, work in workloads(weights) if options.only in what]
+        for what, work in (("copy BF16", None), *chosen):
             row = measure(what, work, threads, weights[0].size, options.repeat, copy.best) if work else copy
             rows.append(row)
             rates = " | ".join(f"{rate:.3f}" for rate in (row.best, row.median, row.per_core_second))
