@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor
-from l4convert.quantization.source import finite_tile
+from l4convert.quantization import native
+from l4convert.quantization.source import require_finite
 
 E4M3_MAX = 448.0
 
@@ -54,11 +55,13 @@ class _Quantizer:
         self._last: tuple[tuple[int, int, int], np.ndarray] | None = None
 
     def values(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
-        weight = finite_tile(self.weight, batch, rows, cols).astype(np.float32)
+        weight = self.weight.tile(batch, rows, cols)
+        magnitude = _magnitude(weight, self.weight, batch, rows)
         whole = (cols.start, cols.stop) == (0, self.weight.matrix[2])
-        scales = self.scales(batch, rows, _magnitude(weight) if whole else None)
-        weight /= scales
-        return to_e4m3(weight)
+        scales = self.scales(batch, rows, magnitude if whole else None)
+        if native.AVAILABLE:
+            return native.fp8(weight, scales[:, 0])
+        return to_e4m3(weight.astype(np.float32) / scales)
 
     def scales(self, batch: int, rows: slice, magnitude: np.ndarray | None = None) -> np.ndarray:
         """float32 [rows, 1]. Whole rows decide, so they are read here unless their largest magnitudes are given."""
@@ -73,14 +76,20 @@ class _Quantizer:
         step = max(1, TILE_ELEMENTS // max(1, rows.stop - rows.start))
         largest = np.zeros((rows.stop - rows.start, 1), np.float32)
         for start in range(0, width, step):
-            part = finite_tile(self.weight, batch, rows, slice(start, min(start + step, width)))
-            np.maximum(largest, _magnitude(part), out=largest)
+            part = self.weight.tile(batch, rows, slice(start, min(start + step, width)))
+            np.maximum(largest, _magnitude(part, self.weight, batch, rows), out=largest)
         return largest
 
 
-def _magnitude(weight: np.ndarray) -> np.ndarray:
-    magnitude: np.ndarray = np.abs(weight).max(axis=1, keepdims=True, initial=0).astype(np.float32)
-    return magnitude
+def _magnitude(tile: np.ndarray, weight: LazyTensor, batch: int, rows: slice) -> np.ndarray:
+    """Largest magnitude of every row, float32 [R, 1]; raises InputError where the tile is not finite."""
+    if native.AVAILABLE:
+        magnitude = native.magnitudes(tile)[:, None]
+        if not np.isfinite(magnitude).all():
+            require_finite(tile, weight, batch, rows)
+        return magnitude
+    require_finite(tile, weight, batch, rows)
+    return np.abs(tile).max(axis=1, keepdims=True, initial=0).astype(np.float32)  # type: ignore[no-any-return]
 
 
 class _Values(Derived):
