@@ -189,7 +189,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
     files = _planned_files(conversion)
     table = tuple(tensor_plans(conversion.model, weights, conversion.recipe))
     parameters, active = parameter_counts(checkpoint.config, checkpoint.tensors)
-    memory = plan_memory(weights)  # before the measurement, which takes memory of its own
+    memory = plan_memory(weights, conversion.recipe)  # before the measurement, which takes memory of its own
     return ConversionPlan(
         source=str(checkpoint.path),
         parameters=parameters,

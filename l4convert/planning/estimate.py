@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
 from l4convert.emit.plan import PlannedTensor, WeightsPlan, group_chunks
-from l4convert.planning.tensors import group_elements, scheme_of
+from l4convert.planning.tensors import SCALES, classify, group_elements
 from l4convert.quantization.recipe import Recipe
 
 #: Seconds that the measurement takes, about: a tile that was begun is finished.
@@ -35,8 +35,9 @@ class TimePlan:
     """An estimate.
 
     Attributes:
-        elements: Elements of the checkpoint to be read, by scheme.
-        rates: Elements computed and written a second, by scheme, measured on one thread.
+        elements: Elements of the checkpoint to be read, by what is done to them: the scheme's name, followed by
+            ``scales`` for scales that lie apart from their values and are computed by themselves.
+        rates: Elements computed and written a second, likewise, measured on one thread.
         source_bytes: Bytes of the checkpoint, digested before the conversion.
         digest_rate: Bytes digested a second, measured.
     """
@@ -49,7 +50,7 @@ class TimePlan:
     @property
     def seconds(self) -> float:
         """Of the whole conversion."""
-        return self.source_bytes / self.digest_rate + sum(n / self.rates[scheme] for scheme, n in self.elements.items())
+        return self.source_bytes / self.digest_rate + sum(n / self.rates[work] for work, n in self.elements.items())
 
 
 class Noise(LazyTensor):
@@ -91,23 +92,27 @@ def estimate_time(
     Raises:
         OSError: Too little disk for the measurement, or the folder cannot be written to.
     """
-    elements = _by_scheme(plan, recipe)
-    largest: dict[str, tuple[PlannedTensor, ...]] = {}
-    for group in sorted(sample.groups, key=group_elements):
-        largest[scheme_of(group[0], recipe)] = group
+    elements = _by_work(plan, recipe)
+    largest = {_work(group, recipe): group for group in sorted(sample.groups, key=group_elements)}
     budget = SECONDS / (len(elements) + 0.2)
     with _scratch(folder) as descriptor:
-        rates = {scheme: _rate(largest[scheme], descriptor, budget) for scheme in elements}
+        rates = {work: _rate(largest[work], descriptor, budget) for work in elements}
     return TimePlan(elements, rates, source_bytes, _digest_rate(budget / 5))
 
 
-def _by_scheme(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:
+def _by_work(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:
     elements: dict[str, int] = {}
     for group in plan.groups:
         if number := group_elements(group):
-            scheme = scheme_of(group[0], recipe)
-            elements[scheme] = elements.get(scheme, 0) + number
+            work = _work(group, recipe)
+            elements[work] = elements.get(work, 0) + number
     return elements
+
+
+def _work(group: Sequence[PlannedTensor], recipe: Recipe) -> str:
+    """What is done to a group: its scheme, told apart where scales are computed without their values."""
+    kind, scheme = classify(group[0], recipe)
+    return f"{scheme} scales" if kind == SCALES else scheme
 
 
 def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> float:

@@ -6,25 +6,25 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Hashable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
-from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
 from l4convert.emit.plan import PlannedTensor, WeightsPlan, group_rows
-from l4convert.planning.tensors import recipe_steps
+from l4convert.planning.tensors import classify, group_elements
+from l4convert.quantization.recipe import Recipe
 
-# Temporaries that a step makes beside its result, bytes per element of the tile, by the dtype it makes: a copy of the
-# weight in order, the test for NaN, results kept for the scales (INT4); float32 copies and magnitudes (FP8); nibbles
-# before they are packed. Held to tracemalloc's peak by tests/planning/test_memory.py.
-_WORKING_BYTES = {ir.DataType.INT4: 8.0, ir.DataType.FLOAT8E4M3FN: 9.0, ir.DataType.UINT8: 4.0}
+# Bytes of temporaries for an element of the checkpoint while its tile is quantized: a copy of the weight in order, the
+# test for NaN, float32 copies, results that are kept for the scales. tests/planning/test_memory.py holds them, and the
+# number of copies of what is written (in order, as bytes, and those of the step before), to what tracemalloc counts.
+_WORKING_BYTES = {"none": 0, "int4": 6, "fp8": 8}
+_COPIES = 5
 #: In words, for people who read a plan.
 METHOD = (
-    "memory of this process now (libraries, graph, plan) + the largest group of tensors that are filled in step: every"
-    " step of their recipes holds its result for the rows computed at a time, and its temporaries; source files are"
-    " mapped, and their pages, which the system takes back when it needs them, are not counted"
+    "what this process holds now (libraries, graph, plan) and the largest tile: its elements times the scheme's"
+    " temporaries, and copies of the bytes written; mapped pages of the source files, which the system can take back"
+    " at any time, are not counted"
 )
 
 
@@ -50,36 +50,26 @@ class MemoryPlan:
         return self.process + self.tile
 
 
-def plan_memory(plan: WeightsPlan) -> MemoryPlan:
+def plan_memory(plan: WeightsPlan, recipe: Recipe) -> MemoryPlan:
     """The expectation for writing this weights file."""
-    sizes = [(tile_bytes(group), group) for group in plan.groups]
+    sizes = [(tile_bytes(group, recipe), group) for group in plan.groups]
     tile, group = max(sizes, key=lambda item: item[0], default=(0, ()))
     name = group[0].name if group else ""
     return MemoryPlan(_resident(), tile, name, group_rows(group) if group else 0)
 
 
-def tile_bytes(group: tuple[PlannedTensor, ...]) -> int:
-    """Bytes that the steps of a group's recipes hold for the rows that are computed at a time.
-
-    All steps of a recipe pass on the same part of a tensor, so each holds that share of its own elements.
-    """
+def tile_bytes(group: Sequence[PlannedTensor], recipe: Recipe) -> int:
+    """Bytes held, beside the source's own, while the rows of a group that are computed at a time become bytes."""
     rows = group_rows(group)
-    held: dict[Hashable, float] = {}
+    written, share = 0.0, 0.0
     for planned in group:
-        tensor = planned.tensor
-        if not isinstance(tensor, LazyTensor):
-            held[id(tensor)] = float(planned.nbytes)
-            continue
-        batch, height, _ = tensor.matrix
-        share = min(rows, height) / max(1, batch * height)
-        for step in recipe_steps(tensor):
-            held[id(step)] = max(held.get(id(step), 0.0), share * step.size * _bytes_per_element(step))
-        held[id(planned)] = share * planned.nbytes  # the bytes handed to the file
-    return math.ceil(sum(held.values()))
-
-
-def _bytes_per_element(step: LazyTensor) -> float:
-    return math.ceil(step.dtype.itemsize) + _WORKING_BYTES.get(step.dtype, 0.0)
+        batch, height, _ = planned.tensor.matrix if isinstance(planned.tensor, LazyTensor) else (1, 1, 1)
+        part = min(rows, height) / max(1, batch * height)
+        written += part * planned.nbytes
+        share = max(share, part)
+    elements = min(share * group_elements(group), TILE_ELEMENTS)
+    kind = classify(group[0], recipe)[1].partition(" ")[0]
+    return math.ceil(_COPIES * written + _WORKING_BYTES[kind] * elements)
 
 
 def _resident() -> int:

@@ -69,9 +69,9 @@ def tensor_plans(model: ir.Model, plan: WeightsPlan, recipe: Recipe) -> Iterator
                 yield _row(name, tensor, recipe, tensor.nbytes, MODEL_FILE, None)
 
 
-def scheme_of(planned: PlannedTensor, recipe: Recipe) -> str:
-    """The scheme's label, as in :attr:`TensorPlan.scheme`."""
-    return _classify(planned.name, planned.tensor, recipe)[1]
+def classify(planned: PlannedTensor, recipe: Recipe) -> tuple[str, str]:
+    """A tensor's kind and scheme, as in :class:`TensorPlan`."""
+    return _classify(planned.name, planned.tensor, recipe)
 
 
 def group_elements(group: Iterable[PlannedTensor]) -> int:
