@@ -120,13 +120,13 @@ def _time(plan: ConversionPlan) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``1 h 11 min``, ``4.5 min``, ``12 s``: two digits or so, as an estimate deserves."""
+    """``2 h 11 min``, ``45 min``, ``12 s``: two digits or so, as an estimate deserves."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
-    minutes = seconds / 60
+    minutes = round(seconds / 60)
     if minutes < 90:
-        return f"{minutes:.0f} min"
-    return f"{int(minutes // 60)} h {minutes % 60:.0f} min" if minutes < 600 else f"{minutes / 60:.0f} h"
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 600 else f"{minutes / 60:.0f} h"
 
 
 def _tensor_table(rows: tuple[TensorPlan, ...]) -> str:

@@ -78,18 +78,17 @@ def group_elements(group: Iterable[PlannedTensor]) -> int:
     """How many elements of the checkpoint the tensors of a group are computed from."""
     leaves: dict[Hashable, int] = {}
     for planned in group:
-        for tensor in recipe_steps(planned.tensor):
-            if not isinstance(tensor, Derived):
-                leaves[id(tensor)] = tensor.size
+        leaves |= {id(tensor): tensor.size for tensor in _leaves(planned.tensor)}
     return sum(leaves.values())
 
 
-def recipe_steps(tensor: ir.TensorProtocol) -> Iterator[LazyTensor]:
-    """A lazy tensor and everything it is computed from; nothing for one that is in memory."""
-    if isinstance(tensor, LazyTensor):
+def _leaves(tensor: ir.TensorProtocol) -> Iterator[LazyTensor]:
+    """The tensors of the checkpoint that a tensor is computed from."""
+    if isinstance(tensor, Derived):
+        for part in tensor.parts:
+            yield from _leaves(part)
+    elif isinstance(tensor, LazyTensor) and tensor.sources:
         yield tensor
-        for part in tensor.parts if isinstance(tensor, Derived) else ():
-            yield from recipe_steps(part)
 
 
 def _row(

@@ -121,7 +121,7 @@ def test_inspect_of_neither_is_exit_3(capsys, tmp_path):
 def test_convert_writes_what_the_dry_run_said(capsys, checkpoint, artifact, tmp_path):
     plan = run_json(capsys, "convert", checkpoint, "--output", tmp_path / "none", "--dry-run")
     assert not (tmp_path / "none").exists()
-    assert plan["dry_run"] is True
+    assert plan["schema"] == "l4convert.plan/1"
     for name, nbytes in plan["files"].items():
         assert (artifact / name).stat().st_size == nbytes, name
     assert [row["name"] for row in plan["passes"]][:3] == ["outline_attention", "fuse_experts", "quantize_weights"]
