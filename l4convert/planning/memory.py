@@ -54,8 +54,9 @@ def plan_memory(plan: WeightsPlan, recipe: Recipe) -> MemoryPlan:
     """The expectation for writing this weights file."""
     sizes = [(tile_bytes(group, recipe), group) for group in plan.groups]
     tile, group = max(sizes, key=lambda item: item[0], default=(0, ()))
-    name = group[0].name if group else ""
-    return MemoryPlan(_resident(), tile, name, group_rows(group) if group else 0)
+    if not group:
+        return MemoryPlan(_resident(), 0, "", 0)
+    return MemoryPlan(_resident(), tile, group[0].name, min(group_rows(group), _height(group[0])))
 
 
 def tile_bytes(group: Sequence[PlannedTensor], recipe: Recipe) -> int:
@@ -63,13 +64,17 @@ def tile_bytes(group: Sequence[PlannedTensor], recipe: Recipe) -> int:
     rows = group_rows(group)
     written, share = 0.0, 0.0
     for planned in group:
-        batch, height, _ = planned.tensor.matrix if isinstance(planned.tensor, LazyTensor) else (1, 1, 1)
-        part = min(rows, height) / max(1, batch * height)
+        batch = planned.tensor.matrix[0] if isinstance(planned.tensor, LazyTensor) else 1
+        part = min(1.0, rows / _height(planned)) / max(1, batch)
         written += part * planned.nbytes
         share = max(share, part)
     elements = min(share * group_elements(group), TILE_ELEMENTS)
     kind = classify(group[0], recipe)[1].partition(" ")[0]
     return math.ceil(_COPIES * written + _WORKING_BYTES[kind] * elements)
+
+
+def _height(planned: PlannedTensor) -> int:
+    return max(1, planned.tensor.matrix[1]) if isinstance(planned.tensor, LazyTensor) else 1
 
 
 def _resident() -> int:

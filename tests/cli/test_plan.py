@@ -182,6 +182,27 @@ def test_an_output_in_use_is_exit_2_unless_it_will_be_replaced(capsys, nano, tmp
     assert cli.run(["plan", str(nano), "-o", str(out), "--no-measure", "--overwrite"]) == 0
 
 
+def process(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("L4CONVERT_")}
+    env["PYTHONPATH"] = str(REPO)
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False)
+
+
+def test_from_plan_to_artifact_as_a_user_goes(nano, tmp_path):
+    planned = process("-m", "l4convert", "plan", nano, "-o", "out", "--json", "--no-measure", cwd=tmp_path)
+    assert (planned.returncode, planned.stderr) == (0, "")
+    assert process("-m", "l4convert", "convert", nano, "-o", "out", cwd=tmp_path).returncode == 0
+    files = json.loads(planned.stdout)["files"]
+    assert {"model.onnx", "model.safetensors"} <= files.keys()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files.keys() | {"l4convert.json"}
+    for name, nbytes in files.items():
+        assert (tmp_path / "out" / name).stat().st_size == nbytes, name
+    refused = process("-m", "l4convert", "plan", nano, "--preset", "scout", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.parametrize("preset", ["maverick", "behemoth"])
 def test_full_size_in_a_process_of_its_own(preset, tmp_path):
     """Less than a gigabyte, measured from outside as what the process ever held."""
@@ -192,10 +213,7 @@ def test_full_size_in_a_process_of_its_own(preset, tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
-    env = {name: value for name, value in os.environ.items() if not name.startswith("L4CONVERT_")}
-    env["PYTHONPATH"] = str(REPO)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+    done = process("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["tensor_count"] <= len(plan["tensors"])
