@@ -203,13 +203,12 @@ def test_from_plan_to_artifact_as_a_user_goes(nano, tmp_path):
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("preset", ["maverick", "behemoth"])
-def test_full_size_in_a_process_of_its_own(preset, tmp_path):
+def test_the_largest_model_in_a_process_of_its_own(tmp_path):
     """Less than a gigabyte, measured from outside as what the process ever held."""
     code = (
         "import resource, sys\n"
         "from l4convert import cli\n"
-        f"code = cli.run(['plan', '--preset', '{preset}', '--no-measure', '--json', '--tensors'])\n"
+        "code = cli.run(['plan', '--preset', 'behemoth', '--no-measure', '--json', '--tensors'])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
