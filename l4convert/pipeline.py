@@ -256,11 +256,13 @@ def _target(options: ConvertOptions | PlanOptions) -> Target:
 
 
 def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    unused = unused_rules(recipe, checkpoint.tensors)
+    """Experts are quantized after they were fused, so the names that count are those of stacked ones."""
+    unused = unused_rules(recipe, expected_tensors(checkpoint.config, "stacked"))
     if recipe.rules and len(unused) == len(recipe.rules):
         raise InputError(
             f"recipe {recipe.name}: no rule matches any tensor of {checkpoint.path}",
-            "patterns are matched against canonical names; `l4convert inspect CKPT --tensors` lists them",
+            "patterns are matched against the names of `l4convert inspect CKPT --tensors`, with experts stacked:"
+            " ...experts.gate_up_proj and ...experts.down_proj",
         )
 
 

@@ -180,8 +180,8 @@ def _lock(room: Path, out: Path) -> int:
         raise UsageError(f"{room}: is a symbolic link; remove it")
     path = room / "lock"
     while True:
+        room.mkdir(exist_ok=True)
         try:
-            room.mkdir(exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue  # another process finished and removed the room in between

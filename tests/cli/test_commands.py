@@ -276,7 +276,7 @@ def test_doctor_without_extras_gives_the_commands_and_is_content(capsys, monkeyp
     content = run_json(capsys, "doctor")
     assert content["ok"] is True
     assert {row["name"]: row["install"] for row in content["extras"]} == {
-        name: f"pip install 'l4convert[{name}]'" for name in doctor.EXTRAS
+        name: f"pip install {' '.join(extra['packages'])}" for name, extra in doctor.EXTRAS.items()
     }
 
 
