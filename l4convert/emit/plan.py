@@ -93,10 +93,14 @@ def group_chunks(group: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor
 
     The tensors of a group advance by the same rows, so that what they are computed from is read once.
     """
-    width = max(_width(planned.tensor) for planned in group)
-    rows = max(1, TILE_ELEMENTS // max(1, width))
+    rows = group_rows(group)
     for step in zip_longest(*(_tensor_chunks(planned, rows) for planned in group)):
         yield from (chunk for chunk in step if chunk is not None)
+
+
+def group_rows(group: Sequence[PlannedTensor]) -> int:
+    """How many rows of its tensors are computed at a time."""
+    return max(1, TILE_ELEMENTS // max(_width(planned.tensor) for planned in group))
 
 
 def _width(tensor: ir.TensorProtocol) -> int:

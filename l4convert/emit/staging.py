@@ -128,9 +128,18 @@ def check_free_disk(folder: Path, needed: int) -> None:
     """
     with reported(f"{folder}: free space cannot be read"):
         free = shutil.disk_usage(folder).free
+    require_free_disk(folder.parent.parent, needed, free)
+
+
+def require_free_disk(where: Path, needed: int, free: int) -> None:
+    """Refuse, naming the missing bytes, when fewer than ``needed`` bytes are ``free`` in the folder ``where``.
+
+    Raises:
+        InputError: They are.
+    """
     if free < needed:
         raise InputError(
-            f"{folder.parent.parent}: {needed} bytes are needed, {free} are free: {needed - free} too few",
+            f"{where}: {needed} bytes are needed, {free} are free: {needed - free} too few",
             hint="free some disk space, or write to another filesystem",
         )
 
