@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything is installed into $(VENV), and only when pyproject.toml or constraints.txt changed.
+# `make help` lists the targets. Everything is installed into $(VENV), and only when what it is made of changed.
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS   ?=
@@ -6,6 +6,8 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := dev,reference
+# Compiled into the editable package when it is installed.
+KERNELS := $(wildcard l4convert/quantization/native*.cpp l4convert/quantization/native*.h)
 
 .PHONY: help venv test lint format demo clean
 .DEFAULT_GOAL := help
@@ -16,7 +18,7 @@ help: ## Show this list
 venv: $(STAMP) ## Create the environment: the package (editable), its reference and its tools, at pinned versions
 
 # torch goes in first and alone: its pin is what keeps the resolver from looking at other, far larger builds.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -47,11 +47,12 @@ class BackendMissing(L4Error):
     exit_code = 5
 
 
-# Import name -> what to install. These are optional, so a missing one is the user's to solve, not a defect.
+# Import name -> what to install, by names that any package index has. These are optional, so a missing one is the
+# user's to solve, not a defect.
 INSTALL = {
-    "onnxruntime": "pip install 'l4convert[gpu]'",
-    "torch": "pip install 'l4convert[reference]'",
-    "transformers": "pip install 'l4convert[reference]'",
+    "onnxruntime": "pip install onnxruntime-gpu",
+    "torch": "pip install torch transformers",
+    "transformers": "pip install torch transformers",
 }
 
 

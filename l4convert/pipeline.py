@@ -5,25 +5,43 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from l4convert.checkpoint import Checkpoint, open_checkpoint
+from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.names import expected_tensors
+from l4convert.checkpoint.parameters import parameter_counts
+from l4convert.checkpoint.presets import preset_checkpoint
 from l4convert.emit import Filling, check_destination, source_digests, write_artifact
 from l4convert.emit.memory import parse_size
-from l4convert.emit.plan import WEIGHTS_FILE, plan_weights
-from l4convert.emit.write import MODEL_FILE, serialize_model
+from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan, plan_weights
+from l4convert.emit.write import MODEL_FILE, manifest_reserve, serialize_model
 from l4convert.errors import InputError, UsageError
 from l4convert.frontend.decoder import build_decoder
 from l4convert.graph_passes import CANONICAL_PASSES, Pass, PassReport
+from l4convert.planning import ConversionPlan, TimePlan
+from l4convert.planning.disk import existing_parent, plan_disk
+from l4convert.planning.estimate import estimate_time, noise_tensors, sample_layers
+from l4convert.planning.memory import plan_memory
+from l4convert.planning.tensors import tensor_plans
 from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules
 from l4convert.runtime.client_files import client_files
 from l4convert.targets import TARGETS, Target
 
-__all__ = ["ConversionPlan", "ConvertOptions", "ConvertResult", "PassReport", "convert", "plan_conversion"]
+__all__ = [
+    "ConversionPlan",
+    "ConvertOptions",
+    "ConvertResult",
+    "PassReport",
+    "PlanOptions",
+    "convert",
+    "plan_conversion",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,21 @@ class ConvertOptions:
     restart: bool = False
     jobs: int | None = None
     memory_limit: str | None = None
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What ``l4convert plan`` is asked for: a checkpoint or a preset, and how it would be converted."""
+
+    checkpoint: Path | None = None
+    preset: str | None = None
+    output: Path | None = None
+    target: str = "cpu"
+    recipe: str = "int4"
+    block_size: int | None = None
+    kv_cache: str = "growing"
+    verify_passes: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,34 +101,44 @@ class ConvertResult:
     seconds: float
 
 
-@dataclass(frozen=True)
-class ConversionPlan:
-    """What would be written: file name to bytes, of all files but the manifest, which holds digests of the others."""
-
-    passes: tuple[PassReport, ...]
-    files: Mapping[str, int]
-    bytes: int
-    tensors: int
-
-
 class _Conversion:
     """A conversion that was checked and lowered, and of which nothing was written yet."""
 
-    def __init__(self, options: ConvertOptions, progress: Progress) -> None:
+    def __init__(self, options: ConvertOptions | PlanOptions, progress: Progress) -> None:
+        self.options = options
         self.target = _target(options)
-        check_destination(options.output, options.overwrite, [options.checkpoint])
+        if options.output is not None:
+            sources = [] if options.checkpoint is None else [options.checkpoint]
+            check_destination(options.output, options.overwrite, sources)
         self.recipe = load_recipe(options.recipe, options.block_size)
-        self.checkpoint = open_checkpoint(options.checkpoint)
+        self.checkpoint = _open(options)
         _check_recipe(self.recipe, self.checkpoint)
-        kv_cache: Any = options.kv_cache  # checked against the target's list
-        self.model = build_decoder(self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.experts, kv_cache)
-        passes = (*CANONICAL_PASSES, *self.target.lowering)
-        self.reports = tuple(self.run_pass(p, options, progress) for p in passes)
+        self.model = self.build(self.checkpoint)
+        self.reports = tuple(self.run_pass(p, options, progress) for p in self.passes)
         self.plan = plan_weights(self.model)
-        self.tensor_bytes = sum(tensor.nbytes for tensor in self.plan.tensors)
-        self.tensor_count = sum(1 for _ in self.plan.tensors)
 
-    def run_pass(self, graph_pass: Pass, options: ConvertOptions, progress: Progress) -> PassReport:
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return (*CANONICAL_PASSES, *self.target.lowering)
+
+    def build(self, checkpoint: Checkpoint) -> ir.Model:
+        kv_cache: Any = self.options.kv_cache  # checked against the target's list
+        return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, kv_cache)
+
+    def sample(self) -> WeightsPlan:
+        """The same conversion of one layer of each kind, with random weights."""
+        config = self.checkpoint.config
+        layers = tuple(config.layers[i] for i in sample_layers(layer.moe for layer in config.layers))
+        config = dataclasses.replace(config, layers=layers)
+        tensors: dict[str, LazyTensor] = noise_tensors(
+            expected_tensors(config, self.checkpoint.experts), next(iter(self.checkpoint.tensors.values())).dtype
+        )
+        model = self.build(dataclasses.replace(self.checkpoint, config=config, tensors=tensors))
+        for graph_pass in self.passes:
+            graph_pass(model, self.recipe)
+        return plan_weights(model)
+
+    def run_pass(self, graph_pass: Pass, options: ConvertOptions | PlanOptions, progress: Progress) -> PassReport:
         if not options.verify_passes:
             return graph_pass(self.model, self.recipe)
         from l4convert.graph_passes.verification import verified
@@ -137,32 +180,98 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         recipe=conversion.recipe.name,
         kv_cache=options.kv_cache,
         passes=conversion.reports,
-        bytes=conversion.tensor_bytes,
-        tensors=conversion.tensor_count,
+        bytes=sum(tensor.nbytes for tensor in conversion.plan.tensors),
+        tensors=sum(1 for _ in conversion.plan.tensors),
         resumed_bytes=sum(resumed),
         seconds=time.monotonic() - start,
     )
 
 
-def plan_conversion(options: ConvertOptions) -> ConversionPlan:
-    """What :func:`convert` would write; no weight is read and nothing is written. Raises as it does."""
+def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False) -> ConversionPlan:
+    """What :func:`convert` would write, and what it would need; no weight is read and nothing is written.
+
+    Args:
+        options: A conversion, or the part of one that is known.
+        measure: Estimate the time too, by computing and writing random tiles for about two seconds.
+
+    Returns:
+        The plan. Whether the disk is large enough is ``plan.disk.check()``'s to refuse, so that the plan can be shown.
+
+    Raises:
+        UsageError: As :func:`convert`; or both or neither of a checkpoint and a preset, or one that does not exist.
+        InputError: As :func:`convert`, except for the disk.
+    """
     conversion = _Conversion(options, NO_PROGRESS)
+    checkpoint, weights = conversion.checkpoint, conversion.plan
+    files = _planned_files(conversion)
+    table = tuple(tensor_plans(conversion.model, weights, conversion.recipe))
+    parameters, active = parameter_counts(checkpoint.config, checkpoint.tensors)
+    memory = plan_memory(
+        weights, conversion.recipe, _filling(options)
+    )  # before the measurement, which takes memory of its own
+    return ConversionPlan(
+        source=str(checkpoint.path),
+        parameters=parameters,
+        active_parameters=active,
+        source_bytes=_source_bytes(checkpoint),
+        output=options.output,
+        target=conversion.target.name,
+        recipe=conversion.recipe.name,
+        kv_cache=options.kv_cache,
+        passes=conversion.reports,
+        table=table,
+        files=files,
+        disk=plan_disk(sum(files.values()) + manifest_reserve(sum(1 for _ in weights.tensors)), options.output),
+        memory=memory,
+        time=_estimate(conversion) if measure else None,
+    )
+
+
+def _planned_files(conversion: _Conversion) -> dict[str, int]:
+    checkpoint = conversion.checkpoint
     files = {
         WEIGHTS_FILE: conversion.plan.total_bytes,
         MODEL_FILE: len(serialize_model(conversion.model, conversion.plan)),
     }
-    files |= {path.name: path.stat().st_size for path in conversion.checkpoint.sidecars}
-    written = client_files(conversion.checkpoint.config, options.kv_cache, conversion.checkpoint.sidecars)
-    files |= {name: len(text.encode()) for name, text in written.items()}
-    return ConversionPlan(conversion.reports, files, conversion.tensor_bytes, conversion.tensor_count)
+    files |= {path.name: path.stat().st_size for path in checkpoint.sidecars}
+    written = client_files(checkpoint.config, conversion.options.kv_cache, checkpoint.sidecars)
+    return files | {name: len(text.encode()) for name, text in written.items()}
 
 
-def _filling(options: ConvertOptions) -> Filling:
+def _filling(options: ConvertOptions | PlanOptions) -> Filling:
+    if isinstance(options, PlanOptions):
+        return Filling()
     limit = None if options.memory_limit is None else parse_size(options.memory_limit)
     return Filling(options.jobs, limit, options.restart)
 
 
-def _target(options: ConvertOptions) -> Target:
+def _source_bytes(checkpoint: Checkpoint) -> int:
+    return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+
+
+def _estimate(conversion: _Conversion) -> TimePlan | None:
+    """None where the disk does not take even the measurement."""
+    out = conversion.options.output
+    folder = None if out is None else existing_parent(out)
+    source_bytes = _source_bytes(conversion.checkpoint)
+    try:
+        return estimate_time(conversion.plan, conversion.sample(), conversion.recipe, source_bytes, folder)
+    except OSError:
+        return None
+
+
+def _open(options: ConvertOptions | PlanOptions) -> Checkpoint:
+    preset = options.preset if isinstance(options, PlanOptions) else None
+    if (options.checkpoint is None) == (preset is None):
+        given = "both were given" if preset is not None else "neither was given"
+        raise UsageError(f"a checkpoint or a preset is needed: {given}", "give a folder, or --preset NAME")
+    if options.checkpoint is not None:
+        return open_checkpoint(options.checkpoint)
+    assert preset is not None  # the other one is None
+    return preset_checkpoint(preset)
+
+
+def _target(options: ConvertOptions | PlanOptions) -> Target:
     if options.target not in TARGETS:
         raise UsageError(f"unknown target {options.target!r}", f"known targets: {', '.join(TARGETS)}")
     target = TARGETS[options.target]
@@ -173,11 +282,13 @@ def _target(options: ConvertOptions) -> Target:
 
 
 def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    unused = unused_rules(recipe, checkpoint.tensors)
+    """Experts are quantized after they were fused, so the names that count are those of stacked ones."""
+    unused = unused_rules(recipe, expected_tensors(checkpoint.config, "stacked"))
     if recipe.rules and len(unused) == len(recipe.rules):
         raise InputError(
             f"recipe {recipe.name}: no rule matches any tensor of {checkpoint.path}",
-            "patterns are matched against canonical names; `l4convert inspect CKPT --tensors` lists them",
+            "patterns are matched against the names of `l4convert inspect CKPT --tensors`, with experts stacked:"
+            " ...experts.gate_up_proj and ...experts.down_proj",
         )
 
 

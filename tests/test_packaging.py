@@ -18,6 +18,7 @@ from l4convert.cli.doctor import CORE, EXTRAS
 REPO = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 LINKS = ("graph_passes", "plugins", "targets")
+KERNELS = "l4convert/quantization/kernels.bin"
 
 
 def canonical(requirement: str) -> str:
@@ -28,20 +29,28 @@ def canonical(requirement: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built without network, from a copy so that no build folder is left in the repository."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, so that no build folder is left in it; wheels are built from it without network."""
     source = tmp_path_factory.mktemp("source")
     for name in ("l4convert", *LINKS):
-        ignore = shutil.ignore_patterns("__pycache__")
+        ignore = shutil.ignore_patterns("__pycache__", "*.bin")
         shutil.copytree(REPO / name, source / name, symlinks=True, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPO / name, source)
-    dist = tmp_path_factory.mktemp("dist")
+    return source
+
+
+def build(source: Path, dist: Path, **env: str) -> Path:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **env})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (path,) = dist.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(source, tmp_path_factory.mktemp("dist"))
 
 
 def test_the_links_are_links():
@@ -61,7 +70,35 @@ def test_the_wheel_has_every_module_and_data_file_under_one_name(wheel):
     }
     wanted = {path.as_posix() if path.parts[0] == "l4convert" else f"l4convert/{path.as_posix()}" for path in tracked}
     assert len(wanted) > 20
-    assert packed == wanted
+    assert packed - {KERNELS} == wanted
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("c++") is None or shutil.which("cc") is None, reason="no compiler"
+)
+def test_the_wheel_has_the_kernels_for_any_later_python(wheel):
+    assert wheel.name.split("-")[2:4] == ["cp311", "abi3"]
+    with zipfile.ZipFile(wheel) as archive:
+        assert KERNELS in archive.namelist()
+
+
+def test_the_wheel_builds_and_quantizes_without_a_compiler(source, tmp_path):
+    shutil.copytree(source, tmp_path / "source", symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    path = build(tmp_path / "source", tmp_path / "dist", CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    with zipfile.ZipFile(path) as archive:
+        assert KERNELS not in archive.namelist()
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import numpy as np; from l4convert.checkpoint.lazy import Constant\n"
+        "from l4convert.quantization import native\n"
+        "from l4convert.quantization.int4 import quantize_int4\n"
+        "values, _ = quantize_int4(Constant(np.full((1, 4), 2.0, np.float32)), 32, 'absmax')\n"
+        "print(native.AVAILABLE, values.tobytes().hex())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+    assert done.stdout.split() == ["False", "7777"]
 
 
 def test_the_wheel_runs_from_outside_the_repository(wheel, tmp_path):

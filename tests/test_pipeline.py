@@ -181,6 +181,22 @@ def test_a_recipe_that_matches_nothing_is_refused(checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("pattern", "fits"), [("*.experts.gate_up_proj", True), ("*.experts.*.gate_proj.weight", False)]
+)
+def test_recipes_name_stacked_experts_whatever_the_checkpoint_has(tmp_path, pattern, fits):
+    unfused = write_random_checkpoint(tmp_path / "unfused", unfused=True)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'name = "mine"\n[[rule]]\npattern = "{pattern}"\nscheme = "int4"\n')
+    options = ConvertOptions(unfused, tmp_path / "out", recipe=str(recipe))
+    if not fits:
+        with pytest.raises(InputError, match="no rule matches any tensor"):
+            convert(options)
+        return
+    fired = {report.name: report.fired for report in convert(options).passes}
+    assert fired["quantize_weights"] == 4
+
+
 def test_an_output_in_use_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()

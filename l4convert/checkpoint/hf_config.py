@@ -18,6 +18,7 @@ MAX_CONFIG_BYTES = 10_000_000
 MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_EXPERT_MLPS = 1 << 17
+MAX_TOKEN_ID = (1 << 31) - 1  # transformers and tokenizers hold ids in 32 bits
 
 ARCHITECTURES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 TEXT, CONDITIONAL = "llama4_text", "llama4"
@@ -184,18 +185,19 @@ def _llama3(rope: Fields, positions: int) -> RopeScaling:
 
 
 def _token(text: Fields, key: str, value: Any, vocab: int) -> int | None:
+    """A token id; None where there is none, or one beyond the vocabulary, as models cut down from a large one have."""
     if value is None:
         return None
-    explicit = key in text.values  # a small vocabulary may lack the ids that transformers defaults to
-    return text.checked_integer(key, value, 0, vocab - 1 if explicit else vocab + 1)
+    token = text.checked_integer(key, value, 0, MAX_TOKEN_ID)
+    return token if token < vocab else None
 
 
 def _eos(text: Fields, vocab: int) -> tuple[int, ...]:
     value = text.get("eos_token_id", 2)
-    if isinstance(value, list):
-        return tuple(text.checked_integer(f"eos_token_id[{i}]", item, 0, vocab - 1) for i, item in enumerate(value))
-    single = _token(text, "eos_token_id", value, vocab)
-    return () if single is None else (single,)
+    items = value if isinstance(value, list) else [value]
+    keys = [f"eos_token_id[{i}]" for i in range(len(items))] if isinstance(value, list) else ["eos_token_id"]
+    tokens = (_token(text, key, item, vocab) for key, item in zip(keys, items, strict=True))
+    return tuple(token for token in tokens if token is not None)
 
 
 def _pad(text: Fields) -> Any:

@@ -20,6 +20,9 @@ import onnx_ir as ir
 # of float32 temporaries of a tile stay far below any memory limit.
 TILE_ELEMENTS = 1 << 22
 
+# Packed together, so that temporaries stay in a core's cache.
+_CACHED_PAIRS = 1 << 16
+
 _UNPACKED_UINT8 = {ir.DataType.INT4, ir.DataType.UINT4}
 
 
@@ -65,6 +68,19 @@ class LazyTensor(ir.TensorProtocol):
             A 2-D array of the numpy type of ``dtype``; may be a read-only view.
         """
 
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        """A tile of a 4-bit tensor, two elements of a row to a byte, the earlier one in the low nibble.
+
+        Args:
+            batch: As for :meth:`tile`.
+            rows: Likewise.
+            cols: Likewise, but it starts at an even column, and ends at one or at the end of the rows.
+
+        Returns:
+            uint8 [rows, ceil(cols / 2)]; the upper nibble after an odd end is 0.
+        """
+        return pack_rows(self.tile(batch, rows, cols))
+
     # --- onnx_ir's tensor protocol -------------------------------------------------------------------------------
 
     @property
@@ -106,15 +122,15 @@ class LazyTensor(ir.TensorProtocol):
         """
         batch, rows, cols = self.matrix
         if self.dtype in _UNPACKED_UINT8 and cols % 2:
-            yield 0, pack_nibbles(self.numpy().reshape(-1))  # rows share bytes, so they cannot be written apart
+            yield 0, array_bytes(self.numpy(), self.dtype)  # rows share bytes, so they cannot be written apart
             return
         step = max(1, min(rows, elements // max(cols, 1)))
         row_bytes = int(cols * self.dtype.itemsize)
         for b in range(batch):
             for start in range(0, rows, step):
-                stop = min(start + step, rows)
-                data = self.tile(b, slice(start, stop), slice(0, cols))
-                yield (b * rows + start) * row_bytes, array_bytes(data, self.dtype)
+                part = (b, slice(start, min(start + step, rows)), slice(0, cols))
+                data = self.packed(*part) if self.dtype in _UNPACKED_UINT8 else self.tile(*part)
+                yield (b * rows + start) * row_bytes, data.tobytes()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}<{self.dtype},{list(self.dims)}>({self.name})"
@@ -129,17 +145,28 @@ def matrix_of(shape: Sequence[int]) -> tuple[int, int, int]:
 
 def array_bytes(array: np.ndarray, dtype: ir.DataType) -> bytes:
     """The storage bytes of an array: little-endian, 4-bit types packed two to a byte."""
-    if dtype in _UNPACKED_UINT8:
-        return pack_nibbles(array.reshape(-1))
-    return np.ascontiguousarray(array).tobytes()
+    return pack_nibbles(array.reshape(-1)) if dtype in _UNPACKED_UINT8 else array.tobytes()
 
 
 def pack_nibbles(flat: np.ndarray) -> bytes:
     """Pack 4-bit elements, the first in the low nibble (ONNX spec, "4 bit types"); an odd tail is padded with zero."""
-    nibbles = flat.astype(np.int8).view(np.uint8) & 0x0F
-    if nibbles.size % 2:
-        nibbles = np.append(nibbles, np.uint8(0))
-    return (nibbles[0::2] | (nibbles[1::2] << 4)).tobytes()
+    return pack_rows(flat.reshape(1, -1)).tobytes()
+
+
+def pack_rows(elements: np.ndarray) -> np.ndarray:
+    """Pack [R, n] 4-bit or integer elements into uint8 [R, ceil(n / 2)]; only the low four bits of an element count."""
+    if elements.itemsize != 1:
+        elements = elements.astype(np.int8)
+    rows, cols = elements.shape
+    if cols % 2:
+        elements = np.pad(elements.view(np.uint8), ((0, 0), (0, 1)))
+    pairs = np.ascontiguousarray(elements).view("<u2")  # both elements at once, the first one in the low byte
+    result = np.empty((rows, (cols + 1) // 2), np.uint8)
+    step = max(1, _CACHED_PAIRS // max(1, pairs.shape[1]))
+    for start in range(0, rows, step):
+        some = pairs[start : start + step]
+        np.copyto(result[start : start + step], (some & 0x0F) | ((some >> 4) & 0xF0), casting="unsafe")
+    return result
 
 
 class Constant(LazyTensor):
@@ -237,10 +264,15 @@ class InterleavedHalves(Derived):
         super().__init__([part], part.dtype, part.dims)
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self._take(rows, lambda part: self.parts[0].tile(batch, part, cols))
+
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self._take(rows, lambda part: self.parts[0].packed(batch, part, cols))
+
+    def _take(self, rows: slice, rows_of_part: Callable[[slice], np.ndarray]) -> np.ndarray:
         half = self.matrix[1] // 2
         first, last = rows.start // 2, (rows.stop + 1) // 2
-        gate = self.parts[0].tile(batch, slice(first, last), cols)
-        up = self.parts[0].tile(batch, slice(half + first, half + last), cols)
+        gate, up = rows_of_part(slice(first, last)), rows_of_part(slice(half + first, half + last))
         both = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
         return both[rows.start - 2 * first : rows.stop - 2 * first]
 

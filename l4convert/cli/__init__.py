@@ -21,6 +21,7 @@ from l4convert.cli._settings import Settings, global_options
 COMMANDS = {
     "doctor": "l4convert.cli.doctor",
     "inspect": "l4convert.cli.inspect",
+    "plan": "l4convert.cli.plan",
     "convert": "l4convert.cli.convert",
     "validate": "l4convert.cli.validate",
     "generate": "l4convert.cli.generate",
@@ -34,6 +35,7 @@ EPILOG = """\b
 Start here:
   l4convert doctor                                    is this machine ready?
   l4convert inspect CKPT                              what is in the checkpoint?
+  l4convert plan CKPT --output OUT                    how large, how long, does it fit?
   l4convert convert CKPT --output OUT --recipe int4   make the artifact
   l4convert validate OUT --reference CKPT             prove it equal to the reference
   l4convert generate OUT --prompt "def main"          use it

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.checkpoint.parameters import parameter_counts
 from l4convert.cli._render import count, fields, ranges, size, table
-
-# A routed expert's weights, stacked or one by one; the router and the shared expert work on every token.
-_ROUTED = re.compile(r"\.feed_forward\.experts\.")
 
 
 def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
@@ -34,7 +31,7 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
     nbytes: dict[str, int] = defaultdict(int)
     for tensor in checkpoint.tensors.values():
         nbytes[tensor.dtype.name] += tensor.nbytes
-    total, active = parameter_counts(checkpoint)
+    total, active = parameter_counts(checkpoint.config, checkpoint.tensors)
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
@@ -47,18 +44,6 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": sum(nbytes.values()),
         "bytes_by_dtype": dict(nbytes),
     }
-
-
-def parameter_counts(checkpoint: Checkpoint) -> tuple[int, int]:
-    """All parameters of the text decoder, and those that work on one token: of the routed experts the chosen ones only.
-
-    Embedding and head are counted in both, as in the published figures (Scout: 17 B active).
-    """
-    config = checkpoint.config
-    total = sum(tensor.size for tensor in checkpoint.tensors.values())
-    routed = sum(tensor.size for name, tensor in checkpoint.tensors.items() if _ROUTED.search(name))
-    idle = config.num_local_experts - config.num_experts_per_tok
-    return total, total - routed * idle // max(config.num_local_experts, 1)
 
 
 def _summary(checkpoint: Checkpoint, payload: dict[str, Any]) -> str:

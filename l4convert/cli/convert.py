@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from l4convert.cli._complete import recipe_names, target_names
-from l4convert.cli._render import fields, size, table
+from l4convert.cli import _conversion
+from l4convert.cli._conversion import conversion_options
+from l4convert.cli._passes import passes_payload, passes_text
+from l4convert.cli._render import fields, size
 from l4convert.cli._settings import Settings, global_options, settings_of
 
 if TYPE_CHECKING:
-    from l4convert.pipeline import ConversionPlan, ConvertOptions, ConvertResult, PassReport
+    from l4convert.pipeline import ConvertOptions, ConvertResult
 
-EPILOG = """\b
-Recipes:
-  int4          weights of attention, MLP and experts in 4 bits, one scale a block
-  fp8           the same weights in E4M3, activations quantized per token at run time
-  fp8-experts   only the routed experts in E4M3
-  none          weights as the checkpoint has them
-  FILE.toml     your own: a scheme for each name pattern, the first match wins
-
-\b
-KV caches:
-  growing       the past is an input that grows; what ONNX Runtime GenAI and optimum expect by default
-  static        preallocated buffers, updated in place
-  windowed      growing, but chunked layers keep at most one chunk: least memory
-
+EPILOG = f"""{_conversion.EPILOG}
 \b
 Examples:
   l4convert convert Llama-4-Scout --output scout-int4
@@ -41,17 +28,9 @@ Examples:
 @click.command("convert", epilog=EPILOG)
 @click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to write.")
-@click.option("--target", default="cpu", show_default=True, metavar="NAME", shell_complete=target_names,
-              help="What to make it for; `l4convert targets` lists them.")  # fmt: skip
-@click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE",
-              help="How to quantize; see below.",
-              shell_complete=recipe_names)  # fmt: skip
-@click.option("--block-size", type=click.Choice([32, 64, 128]),
-              help="Weights that share an INT4 scale.  [default: the recipe's]")  # fmt: skip
-@click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]), default="growing", show_default=True,
-              help="Form of the key/value cache; see below.")  # fmt: skip
+@conversion_options
 @click.option("--verify-passes", is_flag=True, help="Run the graph before and after each pass and compare.")
-@click.option("--dry-run", is_flag=True, help="Check the checkpoint and show the plan; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the plan (`l4convert plan`); write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already at OUT.")
 @click.option("--restart", is_flag=True, help="Discard what an unfinished run left at OUT; else it is continued.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N",
@@ -71,8 +50,9 @@ def command(ctx: click.Context, /, *, dry_run: bool, **values: Any) -> None:
     settings = settings_of(ctx)
     options = ConvertOptions(**values)
     if dry_run:
-        plan = plan_conversion(options)
-        settings.emit("convert", _plan_payload(options, plan), _plan_text(options, plan))
+        from l4convert.cli._plan import show_plan
+
+        show_plan(settings, plan_conversion(options, measure=True))
         return
     result = convert(options, settings.progress())
     settings.emit("convert", _payload(result), _text(options, result, settings), summary=True)
@@ -85,37 +65,12 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "target": result.target,
         "recipe": result.recipe,
         "kv_cache": result.kv_cache,
-        "passes": _passes_payload(result.passes),
+        "passes": passes_payload(result.passes),
         "bytes": result.bytes,
         "tensors": result.tensors,
         "resumed_bytes": result.resumed_bytes,
         "seconds": round(result.seconds, 3),
     }
-
-
-def _plan_payload(options: ConvertOptions, plan: ConversionPlan) -> dict[str, Any]:
-    return {
-        "dry_run": True,
-        "output": str(options.output),
-        "target": options.target,
-        "recipe": options.recipe,
-        "kv_cache": options.kv_cache,
-        "passes": _passes_payload(plan.passes),
-        "bytes": plan.bytes,
-        "tensors": plan.tensors,
-        "files": dict(plan.files),
-    }
-
-
-def _passes_payload(passes: Sequence[PassReport]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": report.name,
-            "fired": report.fired,
-            "skipped": [{"node": node, "reason": reason} for node, reason in report.skipped],
-        }
-        for report in passes
-    ]
 
 
 def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) -> str:
@@ -132,30 +87,4 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
         ]
     )
     following = f"Next: l4convert validate {result.output} --reference {options.checkpoint}"
-    return "\n\n".join([summary, _passes_text(result.passes, settings.verbose), following])
-
-
-def _plan_text(options: ConvertOptions, plan: ConversionPlan) -> str:
-    summary = fields(
-        [
-            ("would write", options.output),
-            ("size", f"{size(plan.bytes)} in {plan.tensors:,} tensors"),
-            ("target", options.target),
-            ("recipe", options.recipe),
-            ("KV cache", options.kv_cache),
-        ]
-    )
-    files = table(["file", "size"], [(name, size(nbytes)) for name, nbytes in plan.files.items()], right=[1])
-    return "\n\n".join([summary, files, _passes_text(plan.passes, verbose=True)])
-
-
-def _passes_text(passes: Sequence[PassReport], verbose: bool) -> str:
-    """How often each pass fired; with ``verbose``, why it did not elsewhere, by reason."""
-    rows = [(report.name, report.fired, len(report.skipped)) for report in passes]
-    text = table(["pass", "fired", "skipped"], rows, right=[1, 2])
-    reasons = [
-        f"{report.name} skipped {number}: {reason}"
-        for report in passes
-        for reason, number in Counter(reason for _, reason in report.skipped).items()
-    ]
-    return "\n".join([text, *reasons]) if verbose and reasons else text
+    return "\n\n".join([summary, passes_text(result.passes, settings.verbose), following])

@@ -17,7 +17,7 @@ import click
 from l4convert import __version__
 from l4convert.cli._render import fields, size, table
 from l4convert.cli._settings import global_options, settings_of
-from l4convert.errors import BackendMissing
+from l4convert.errors import INSTALL, BackendMissing
 
 # Distribution -> import name, as in pyproject.toml (a test holds them together).
 CORE = {
@@ -37,7 +37,7 @@ EXTRAS = {
 }
 # Each of these installs the import package `onnxruntime`; two of them overwrite each other's files.
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
-REPAIR = f"pip uninstall -y {' '.join(RUNTIMES[:2])} && pip install 'l4convert[gpu]'"
+REPAIR = f"pip uninstall -y {' '.join(RUNTIMES[:2])} && {INSTALL['onnxruntime']}"
 
 EPILOG = """\b
 Examples:
@@ -115,7 +115,7 @@ def _extra(name: str) -> Extra:
     packages = tuple(Package(package, _installed(package)) for package in EXTRAS[name]["packages"])
     present = all(package.version for package in packages)
     harmful = packages[0].name in RUNTIMES and any(_installed(runtime) for runtime in RUNTIMES)
-    install = None if present or harmful else f"pip install 'l4convert[{name}]'"
+    install = None if present or harmful else f"pip install {' '.join(package.name for package in packages)}"
     return Extra(name, str(EXTRAS[name]["purpose"]), packages, install)
 
 
@@ -204,6 +204,6 @@ def _extra_status(extra: Extra) -> str:
 
 def _runtime_text(runtime: dict[str, Any]) -> str:
     if not runtime["installed"]:
-        return "absent; to add: pip install 'l4convert[gpu]'"
+        return f"absent; to add: {INSTALL['onnxruntime']}"
     builds = ", ".join(f"{name} {found}" for name, found in runtime["installed"].items())
     return f"{builds}; built with {', '.join(runtime['providers']) or 'no providers'}"

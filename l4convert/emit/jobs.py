@@ -14,8 +14,9 @@ import onnx_ir as ir
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor, array_bytes
 from l4convert.emit.plan import PlannedTensor, WeightsPlan
 
-# Measured: what computing a block holds at its peak, per element of the weights that it is computed from (two copies in
-# BF16, float32 where a whole block is converted, the values before and after packing, and the bytes of the result).
+# An upper bound of what computing a block holds at its peak, per element of the weights that it is computed from (two
+# copies in BF16, float32 where a whole block is converted, values before and after packing, and the bytes of the
+# result). tests/planning/test_memory.py compares it with what tracemalloc counts.
 _BYTES_AN_ELEMENT = 16
 _LEAST_BYTES = 1 << 20
 
@@ -43,8 +44,10 @@ class Piece:
         tensor = self.planned.tensor
         if self.whole or not isinstance(tensor, LazyTensor):
             return tensor.tobytes()
-        tile = tensor.tile(self.batch, slice(self.start, self.stop), slice(0, tensor.matrix[2]))
-        return array_bytes(tile, tensor.dtype)
+        part = (self.batch, slice(self.start, self.stop), slice(0, tensor.matrix[2]))
+        if tensor.dtype.bitwidth < 8 and tensor.matrix[2] % 2 == 0:  # no two rows share a byte
+            return tensor.packed(*part).tobytes()
+        return array_bytes(tensor.tile(*part), tensor.dtype)
 
     def _position(self, row: int) -> int:
         """Bytes of the tensor before a row; an odd 4-bit tensor's last byte is half used."""

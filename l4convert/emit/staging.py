@@ -155,9 +155,18 @@ def check_free_disk(folder: Path, needed: int) -> None:
     """
     with reported(f"{folder}: free space cannot be read"):
         free = shutil.disk_usage(folder).free
+    require_free_disk(folder.parent.parent, needed, free)
+
+
+def require_free_disk(where: Path, needed: int, free: int) -> None:
+    """Refuse, naming the missing bytes, when fewer than ``needed`` bytes are ``free`` in the folder ``where``.
+
+    Raises:
+        InputError: They are.
+    """
     if free < needed:
         raise InputError(
-            f"{folder.parent.parent}: {needed} bytes are needed, {free} are free: {needed - free} too few",
+            f"{where}: {needed} bytes are needed, {free} are free: {needed - free} too few",
             hint="free some disk space, or write to another filesystem",
         )
 
@@ -198,8 +207,8 @@ def _lock(room: Path, out: Path) -> int:
         raise UsageError(f"{room}: is a symbolic link; remove it")
     path = room / "lock"
     while True:
+        room.mkdir(exist_ok=True)
         try:
-            room.mkdir(exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue  # another process finished and removed the room in between

@@ -141,7 +141,12 @@ def _needed_bytes(plan: WeightsPlan, contents: Iterable[bytes], copies: Iterable
     for source in copies:
         with reported(f"{source}: cannot be read"):
             copied += source.stat().st_size
-    return plan.total_bytes + sum(map(len, contents)) + copied + _MANIFEST_BYTES + tensors * _MANIFEST_LINE_BYTES
+    return plan.total_bytes + sum(map(len, contents)) + copied + manifest_reserve(tensors)
+
+
+def manifest_reserve(tensors: int) -> int:
+    """Bytes of disk that are kept for the manifest of an artifact with so many tensors."""
+    return _MANIFEST_BYTES + tensors * _MANIFEST_LINE_BYTES
 
 
 def _allocated(path: Path) -> int:

@@ -14,6 +14,8 @@ from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.errors import InputError, backend_missing
 from l4convert.runtime.runner import FloatArray, IntArray, Runner, check_step
 
+_SUMMARY_CHARS = 240
+
 
 class Reference(Runner, Protocol):
     """A runner that can also give the logits of a whole text without any cache."""
@@ -117,14 +119,13 @@ def _load(checkpoint: Checkpoint) -> Any:
     load: Any = transformers.Llama4ForCausalLM.from_pretrained
     options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
     try:
+        config = _text_config(checkpoint.path)
         if checkpoint.experts == "stacked":
-            model, loading = load(str(checkpoint.path), local_files_only=True, **options)
+            model, loading = load(str(checkpoint.path), config=config, local_files_only=True, **options)
         else:
-            model, loading = load(
-                None, config=_text_config(checkpoint.path), state_dict=_stacked(checkpoint), **options
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        summary = str(error).strip().splitlines()[0]
+            model, loading = load(None, config=config, state_dict=_stacked(checkpoint), **options)
+    except Exception as error:  # whatever transformers raises on a config or a file that it does not take
+        summary = " ".join(str(error).split())[:_SUMMARY_CHARS] or type(error).__name__
         raise InputError(f"{checkpoint.path}: transformers cannot load it: {summary}") from error
     missing = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
     if missing:
@@ -133,9 +134,18 @@ def _load(checkpoint: Checkpoint) -> Any:
 
 
 def _text_config(path: Path) -> Any:
+    """The text decoder's config as transformers reads it.
+
+    transformers 4.51, and with it the configs that Llama 4 was published with, wrote 4 for the true of
+    ``attn_temperature_tuning``; transformers 5 refuses a number there.
+    """
     from transformers import Llama4TextConfig
 
-    return Llama4TextConfig.from_pretrained(str(path), local_files_only=True)
+    values, _ = Llama4TextConfig.get_config_dict(str(path), local_files_only=True)
+    text = dict(values.get("text_config") or values)
+    if type(text.get("attn_temperature_tuning")) is int:
+        text["attn_temperature_tuning"] = bool(text["attn_temperature_tuning"])
+    return Llama4TextConfig.from_dict(text)
 
 
 def _stacked(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -41,9 +41,11 @@ _COLUMNS = (
 def headline(report: ParityReport) -> str:
     """The outcome in one line."""
     whole = report.whole
-    verdict = "passed" if report.passed else f"FAILED ({len(report.failures)} reasons)"
+    reasons = report.failures or ("no tokens were compared",)
+    more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+    verdict = "passed:" if report.passed else f"FAILED: {reasons[0]}{more};"
     return (
-        f"Parity {verdict}: {report.artifact} ({report.recipe}, {report.target}) against {report.reference}; "
+        f"Parity {verdict} {report.artifact} ({report.recipe}, {report.target}) against {report.reference}; "
         f"mean KL {whole.mean_kl:.3g}, top-1 {whole.top1:.4f}, "
         f"perplexity {whole.ppl_artifact:.3f} for {whole.ppl_reference:.3f}"
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.emit import read_manifest, source_digests
 from l4convert.errors import InputError, UsageError
 from l4convert.parity.feeding import feed
 from l4convert.parity.metrics import NO_TARGET, Comparison
@@ -25,6 +27,13 @@ from l4convert.runtime.tokenizer import TextTokenizer
 DEFAULT_TOKENS = 3000
 DEFAULT_WINDOW = 1000
 _RANDOM_SEED = 0
+_WEIGHTS = ".safetensors"
+# What decides the function that is computed and does not show in the shapes of the weights.
+_FUNCTION = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok", "rms_norm_eps",
+    "attention_chunk_size", "rope_theta", "rope_scaling", "use_qk_norm", "attn_temperature_tuning", "floor_scale",
+    "attn_scale",
+)  # fmt: skip
 
 
 def validate(
@@ -77,7 +86,9 @@ def validate(
         task.advance(1)
     with model, OrtSession.open(artifact, max_length=window, threads=threads) as session:
         _check_same_model(info.config, model.checkpoint.config, artifact, reference)
-        return compare(session, model, windows, info=info, used=used, policy=policy, progress=progress)
+        faults = config_faults(info.config, model.checkpoint.config)
+        report = compare(session, model, windows, info=info, used=used, policy=policy, faults=faults, progress=progress)
+        return replace(report, notes=(*report.notes, *_source_notes(artifact, model.checkpoint)))
 
 
 def prepare_text(
@@ -115,6 +126,7 @@ def compare(
     info: ArtifactInfo,
     used: TextUsed,
     policy: Policy,
+    faults: Sequence[str] = (),
     progress: Progress = NO_PROGRESS,
 ) -> ParityReport:
     """Run everything and judge it; see :func:`validate`.
@@ -126,6 +138,7 @@ def compare(
         info: The artifact's manifest.
         used: What ``windows`` are, for the report.
         policy: The thresholds.
+        faults: What fails the comparison whatever its numbers are, such as those of :func:`config_faults`.
         progress: Where to report.
     """
     chunk = info.config.attention_chunk_size
@@ -135,7 +148,8 @@ def compare(
     total = used.tokens + len(windows[0]) * len(single) + alone * (1 + len(batch))
     with progress.task("Comparing", total=total, unit="tokens") as task:
         comparer = _Comparer(artifact, reference, policy, chunk, info.config.pad_token_id or 0, task)
-        rows = tuple(comparer.rows(windows, single, batch))
+        first, *others = comparer.rows(windows, single, batch)
+    rows = (replace(first, failures=(*faults, *first.failures)), *others)
     return ParityReport(
         artifact=info.path.name,
         reference=reference.name,
@@ -237,8 +251,33 @@ def _notes(used: TextUsed, length: int, chunk: int) -> Iterator[str]:
         )
 
 
+def config_faults(ours: DecoderConfig, theirs: DecoderConfig) -> tuple[str, ...]:
+    """What makes the two compute different functions of the same weights.
+
+    A threshold that forgives quantization would forgive, say, another RoPE base as well: the models are compared first.
+    """
+    differing = [name for name in _FUNCTION if getattr(ours, name) != getattr(theirs, name)]
+    faults = [f"{name} is {getattr(theirs, name)} in the reference, {getattr(ours, name)} here" for name in differing]
+    layers = [i for i, (our, their) in enumerate(zip(ours.layers, theirs.layers, strict=True)) if our != their]
+    return (*faults, *(f"layer {i} is {theirs.layers[i]} in the reference, {ours.layers[i]} here" for i in layers))
+
+
+def _source_notes(artifact: Path, checkpoint: Checkpoint) -> Iterator[str]:
+    """A remark where the reference is not made of the files of the manifest.
+
+    A copy in another dtype or other shards may well be the same model, so this is no failure; but the reader must know.
+    """
+    source = read_manifest(artifact).get("source")
+    files = source.get("files") if isinstance(source, dict) else None
+    recorded = (
+        {name: entry for name, entry in files.items() if name.endswith(_WEIGHTS)} if isinstance(files, dict) else {}
+    )
+    if recorded and recorded != source_digests([file for file in checkpoint.files if file.suffix == _WEIGHTS]):
+        yield "The reference's weight files are not those that the artifact was made from: their digests differ."
+
+
 def _check_same_model(ours: DecoderConfig, theirs: DecoderConfig, artifact: Path, reference: Path) -> None:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_local_experts", "attention_chunk_size"):
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_local_experts"):
         if getattr(ours, name) != getattr(theirs, name):
             raise InputError(
                 f"{reference}: {name} is {getattr(theirs, name)}, and {getattr(ours, name)} in {artifact}",

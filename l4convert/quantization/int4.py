@@ -1,7 +1,8 @@
 """INT4 weights: symmetric, a float32 scale for every block of consecutive K, values in [-8, 7] (ONNX's blocked form).
 
-The arithmetic is :func:`int4_blocks`: float32 elementwise operations and sums of a fixed order, so that every machine
-and any number of threads give the same bytes. The rest serves it tile by tile.
+The arithmetic is defined by :func:`int4_blocks`: float32 elementwise operations and sums of a fixed order, so that
+every machine and any number of threads give the same bytes. :mod:`.native` computes the same bytes faster. The rest
+serves it tile by tile.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import dataclass
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor
-from l4convert.quantization.source import finite_tile
+from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor, pack_rows
+from l4convert.quantization import native
+from l4convert.quantization.source import require_finite
 
 BLOCK_SIZES = (32, 64, 128)
 SCALE_RULES = ("absmax", "lse")
@@ -151,36 +154,57 @@ class _Quantizer:
     block_size: int
     scale: str
 
-    def tile(self, batch: int, rows: slice, blocks: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Values int8 [rows, blocks, block_size], short blocks zero-filled, and scales float32 [rows, blocks]."""
+    def tile(self, batch: int, rows: slice, blocks: slice, form: _Form | None = None) -> _Result:
+        """Values, in any form where none is asked for, and scales float32 [rows, blocks]."""
         key = (self, batch, rows.start, rows.stop, blocks.start, blocks.stop)
         recent: deque[_Entry] = _memo.__dict__.setdefault("recent", deque(maxlen=_RECENT))
-        for known, result in recent:
-            if known == key:
+        for known, known_form, result in recent:
+            if known == key and form in (known_form, None):
                 return result
-        result = self._compute(batch, rows, blocks)
-        recent.append((key, result))
+        form = form or "packed"
+        result = self._compute(batch, rows, blocks, form)
+        recent.append((key, form, result))
         return result
 
-    def _compute(self, batch: int, rows: slice, blocks: slice) -> tuple[np.ndarray, np.ndarray]:
-        weight = self._blocks(batch, rows, blocks)
-        values, scales = np.empty(weight.shape, np.int8), np.empty(weight.shape[:2], np.float32)
-        step = max(1, _CHUNK // (weight.shape[1] * weight.shape[2]))
-        for start in range(0, len(weight), step):
-            part = slice(start, start + step)
-            values[part], scales[part] = int4_blocks(weight[part].astype(np.float32), self.scale)
-        return values, scales
-
-    def _blocks(self, batch: int, rows: slice, blocks: slice) -> np.ndarray:
+    def _compute(self, batch: int, rows: slice, blocks: slice, form: _Form) -> _Result:
         columns = slice(blocks.start * self.block_size, min(blocks.stop * self.block_size, self.weight.matrix[2]))
-        weight = finite_tile(self.weight, batch, rows, columns)
-        missing = (blocks.stop - blocks.start) * self.block_size - weight.shape[1]
-        if missing:
-            weight = np.pad(weight, ((0, 0), (0, missing)))
-        return weight.reshape(weight.shape[0], blocks.stop - blocks.start, self.block_size)
+        weight = self.weight.tile(batch, rows, columns)
+        if native.AVAILABLE:
+            result = native.int4(weight, self.block_size, self.scale, form == "packed")
+            if result is not None:
+                return result
+        require_finite(weight, self.weight, batch, rows)
+        values, scales = quantize_rows(weight, self.block_size, self.scale)
+        return (pack_rows(values) if form == "packed" else values.view(np.uint8) & np.uint8(0x0F)), scales
 
 
-_Entry = tuple[tuple[object, ...], tuple[np.ndarray, np.ndarray]]
+def quantize_rows(weight: np.ndarray, block_size: int, scale: str) -> _Result:
+    """:func:`int4_blocks` of the rows of a matrix.
+
+    Args:
+        weight: [R, K], BF16, FP16 or FP32, finite. A short last block is filled up with zeros.
+        block_size: One of :data:`BLOCK_SIZES`.
+        scale: One of :data:`SCALE_RULES`.
+
+    Returns:
+        Values int8 [R, nb * block_size] and scales float32 [R, nb].
+    """
+    rows, cols = weight.shape
+    blocks = -(-cols // block_size)
+    values, scales = np.empty((rows, blocks, block_size), np.int8), np.empty((rows, blocks), np.float32)
+    step = max(1, _CHUNK // max(1, blocks * block_size))
+    for start in range(0, rows, step):
+        part = weight[start : start + step].astype(np.float32)
+        part = np.pad(part, ((0, 0), (0, blocks * block_size - cols))).reshape(-1, blocks, block_size)
+        values[start : start + step], scales[start : start + step] = int4_blocks(part, scale)
+    return values.reshape(rows, -1), scales
+
+
+# The values of a tile, uint8: "packed" two to a byte [rows, blocks * block_size / 2], the last block filled up with
+# zeros; "bytes" one to a byte [rows, at least the tile's columns], the upper nibble clear.
+_Form = Literal["packed", "bytes"]
+_Result = tuple[np.ndarray, np.ndarray]
+_Entry = tuple[tuple[object, ...], _Form, _Result]
 
 # The last tiles computed in this thread, for all tensors, so that finished ones hold no memory. Two: gate and up rows
 # that are interleaved after quantization are asked for in turn, first their values and then their scales.
@@ -195,11 +219,18 @@ class _Values(Derived):
         self._quantizer = quantizer
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        values, first = self._blocks(batch, rows, cols, "bytes")
+        return values[:, cols.start - first : cols.stop - first].view(ml_dtypes.int4)
+
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        values, first = self._blocks(batch, rows, cols, "packed")
+        return values[:, (cols.start - first) // 2 : (cols.stop - first + 1) // 2]
+
+    def _blocks(self, batch: int, rows: slice, cols: slice, form: _Form) -> tuple[np.ndarray, int]:
+        """The values of the whole blocks that hold these columns, and their first column."""
         size = self._quantizer.block_size
-        first = cols.start // size
-        values, _ = self._quantizer.tile(batch, rows, slice(first, -(-cols.stop // size)))
-        flat = values.reshape(len(values), -1)[:, cols.start - first * size : cols.stop - first * size]
-        return (flat & np.int8(0x0F)).view(ml_dtypes.int4)  # ml_dtypes keeps the upper nibble clear
+        blocks = slice(cols.start // size, -(-cols.stop // size))
+        return self._quantizer.tile(batch, rows, blocks, form)[0], blocks.start * size
 
 
 class _Scales(Derived):

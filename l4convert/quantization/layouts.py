@@ -11,9 +11,11 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import Derived, LazyTensor
+from l4convert.checkpoint.lazy import Derived, LazyTensor, pack_rows
 
 ZERO_POINT = 8
+# Two's complement nibbles become offset ones, and back, by flipping their upper bit; both nibbles of a byte at once.
+_FLIP = np.uint8(0x88)
 
 
 def matmul_nbits(values: LazyTensor, block_size: int) -> LazyTensor:
@@ -50,8 +52,8 @@ def qmoe(values: LazyTensor) -> LazyTensor:
 
 def pack(values: np.ndarray) -> np.ndarray:
     """Pack [..., 2n] values in [-8, 7] (INT4 or any integer type) into uint8 [..., n]."""
-    stored = (values.astype(np.int8) + np.int8(ZERO_POINT)).view(np.uint8)
-    return stored[..., 0::2] | (stored[..., 1::2] << 4)
+    flat = values.astype(np.int8).reshape(-1, values.shape[-1])
+    return (pack_rows(flat) ^ _FLIP).reshape(*values.shape[:-1], -1)
 
 
 def unpack(packed: np.ndarray) -> np.ndarray:
@@ -81,8 +83,8 @@ class _Packed(Derived):
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         values, length = self.parts[0], self.parts[0].matrix[2]
         columns = slice(min(2 * cols.start, length), min(2 * cols.stop, length))
-        tile = values.tile(batch, rows, columns).astype(np.int8)
-        missing = 2 * (cols.stop - cols.start) - tile.shape[1]
+        tile = values.packed(batch, rows, columns)
+        missing = cols.stop - cols.start - tile.shape[1]
         if missing:
             tile = np.pad(tile, ((0, 0), (0, missing)))  # a stored zero point is the value 0
-        return pack(tile)
+        return tile ^ _FLIP

@@ -8,13 +8,12 @@ from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.errors import InputError
 
 
-def finite_tile(weight: LazyTensor, batch: int, rows: slice, cols: slice) -> np.ndarray:
-    """A tile of a weight that is about to be quantized.
+def require_finite(tile: np.ndarray, weight: LazyTensor, batch: int, rows: slice) -> None:
+    """Refuse a tile, of these rows of a weight, that is not finite.
 
     Raises:
-        InputError: It holds NaN or infinity.
+        InputError: Names the weight and how many of its values are NaN or infinite.
     """
-    tile = weight.tile(batch, rows, cols)
     broken = tile.size - int(np.count_nonzero(np.isfinite(tile)))
     if broken:
         first, *others = weight.sources or (weight.name or "a weight",)
@@ -24,4 +23,3 @@ def finite_tile(weight: LazyTensor, batch: int, rows: slice, cols: slice) -> np.
             f"{first}{more} has {broken} NaN or infinite values in {place}",
             "the checkpoint is damaged: compare its files' digests with the publisher's",
         )
-    return tile

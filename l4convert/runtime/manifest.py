@@ -69,14 +69,25 @@ def config_from_json(content: Mapping[str, Any]) -> DecoderConfig:
     """The inverse of ``dataclasses.asdict`` on a :class:`DecoderConfig` that went through JSON.
 
     Raises:
-        TypeError, KeyError: A field is missing, unknown, or not an object where one is due.
+        TypeError, KeyError, ValueError: A field is missing, unknown, not an object where one is due, or out of range.
     """
     values = {field.name: content[field.name] for field in fields(DecoderConfig)}
     values["layers"] = tuple(LayerConfig(**layer) for layer in values["layers"])
     values["eos_token_ids"] = tuple(int(token) for token in values["eos_token_ids"])
     if values["rope_scaling"] is not None:
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    _check_sizes(values)
     return DecoderConfig(**values)
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Every field that is declared as an integer is a positive one, and there are layers."""
+    for field in fields(DecoderConfig):
+        value = values[field.name]
+        if field.type == "int" and (type(value) is not int or value < 1):
+            raise ValueError(f"{field.name} is {value!r}")
+    if not values["layers"]:
+        raise ValueError("there are no layers")
 
 
 def _name(value: object) -> str:

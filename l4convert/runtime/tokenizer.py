@@ -53,7 +53,12 @@ class TextTokenizer:
         Args:
             text: Any text.
             special: Put ``prefix_ids`` before and ``suffix_ids`` after.
+
+        Raises:
+            InputError: The text has lone surrogates, which is how Python reads bytes that are not UTF-8.
         """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError("the text is not UTF-8", "give it in UTF-8")
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if special else ids
 

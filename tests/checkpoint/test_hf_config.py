@@ -289,7 +289,8 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "layer types too short": ({"layer_types": ["full_attention"]}, ["layer_types", "1 entries"]),
     "unknown layer type": ({"layer_types": ["sliding_attention"] * 48}, ["layer_types[0]", "'sliding_attention'"]),
     "layer type number": ({"layer_types": [0] * 48}, ["layer_types[0]"]),
-    "eos beyond the vocabulary": ({"eos_token_id": [1, 202048]}, ["eos_token_id[1]"]),
+    "negative eos": ({"eos_token_id": [1, -1]}, ["eos_token_id[1]"]),
+    "eos beyond 32 bits": ({"eos_token_id": 1 << 40}, ["eos_token_id"]),
     "eos string": ({"eos_token_id": "2"}, ["eos_token_id"]),
     "negative bos": ({"bos_token_id": -1}, ["bos_token_id"]),
     "pad fraction": ({"pad_token_id": 0.5}, ["pad_token_id"]),
@@ -369,3 +370,10 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path: Path, data: st.DataObje
         assert error.message.isprintable()  # noqa: PT017 - either outcome is right
     else:
         assert config.num_hidden_layers <= 1024
+
+
+def test_token_ids_beyond_the_vocabulary_are_ids_the_model_cannot_have(tmp_path: Path) -> None:
+    """As in a test model cut down from Scout, which keeps Scout's special tokens."""
+    ids = {"bos_token_id": 200000, "eos_token_id": [7, 200001, 200007], "pad_token_id": 200018}
+    config = read(tmp_path, {"model_type": "llama4_text", "vocab_size": 1000, **ids})
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (None, (7,), None)

@@ -319,3 +319,9 @@ def test_a_really_full_disk(tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UsageError, match="is a mount point"):
         write_artifact(two_layer(), tiny_disk, overwrite=True)
     assert write_artifact(two_layer(), tiny_disk / "out").is_dir()
+
+
+def test_a_parent_in_which_no_folder_can_be_made_is_an_input_error() -> None:
+    """/proc answers mkdir with ENOENT, which must not be taken for a race with another process."""
+    with pytest.raises(InputError, match="cannot be created"), staging.staged(Path("/proc/out"), overwrite=False):
+        pass

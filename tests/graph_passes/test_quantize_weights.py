@@ -222,12 +222,12 @@ def test_fp8_activations_are_transformers_with_rounded_activations(scout, name, 
     rules = load_recipe(name)
     model = quantized(scout, rules) if form == "functions" else lowered(scout, form, recipe=rules)
     client = Client(model, scout.config, "growing", optimize=form != "functions")
-    ids = token_ids(2)
+    ids = token_ids(8)
     expected = _rounding_reference(scout.path, ids, rules, linears=name == "fp8")
     actual = client.logits(ids, [TOKENS])
-    # The last bit of a sum can decide which way an activation is rounded; that changes single tokens.
+    # The last bit of a sum can decide how an activation is rounded, which changes the rest of that sequence.
     error = np.abs(actual - expected).max(axis=-1) / np.abs(expected).max()
-    assert np.quantile(error, 0.8) <= 1e-4
+    assert np.median(error) <= 1e-5
     weights_only = reference_logits(scout.path, ids, dequantized(rules))
     assert np.quantile(np.abs(weights_only - expected).max(axis=-1) / np.abs(expected).max(), 0.2) > 1e-3
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -66,5 +67,25 @@ def test_without_the_extra_the_message_is_the_install_command(
     module: str, scout_layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BackendMissing, match=r"pip install 'l4convert\[reference\]'"):
+    with pytest.raises(BackendMissing, match="pip install torch transformers"):
         TransformersReference(scout_layout)
+
+
+def test_a_published_spelling_that_transformers_refuses_is_read(
+    scout_layout: Path, expected: np.ndarray, tmp_path: Path
+) -> None:
+    """The configs of the hub say 4 for the true of attn_temperature_tuning; transformers 5 wants a boolean."""
+    old = tmp_path / "old"
+    shutil.copytree(scout_layout, old)
+    config = json.loads((old / "config.json").read_text(encoding="utf-8"))
+    (old / "config.json").write_text(json.dumps(config | {"attn_temperature_tuning": 4}), encoding="utf-8")
+    np.testing.assert_array_equal(TransformersReference(old).logits(IDS), expected)
+
+
+def test_a_config_that_transformers_refuses_is_an_input_error(scout_layout: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(scout_layout, old)
+    config = json.loads((old / "config.json").read_text(encoding="utf-8"))
+    (old / "config.json").write_text(json.dumps(config | {"router_aux_loss_coef": "much"}), encoding="utf-8")
+    with pytest.raises(InputError, match="transformers cannot load it"):
+        TransformersReference(old)

@@ -51,7 +51,14 @@ def text_of(report: ParityReport) -> str:
 
 def test_the_table_has_a_row_for_each_split_and_every_reason() -> None:
     text = text_of(FAILED)
-    for expected in ("one call", "odd splits", "FAIL", "mean_kl is 9", "a note", "Parity FAILED (2 reasons)"):
+    for expected in (
+        "one call",
+        "odd splits",
+        "FAIL",
+        "mean_kl is 9",
+        "a note",
+        "FAILED: odd splits: mean_kl is 9 and 1 more",
+    ):
         assert expected in text
     assert "FAIL" not in text_of(PASSED)
     assert "Parity passed" in text_of(PASSED)
@@ -64,6 +71,7 @@ def test_rich_markup_in_names_is_text() -> None:
 def test_a_report_of_nothing_can_be_shown() -> None:
     assert "FAIL" in text_of(EMPTY)
     assert "nan" in headline(EMPTY)
+    assert "no tokens were compared" in headline(EMPTY)
 
 
 def test_json_is_strict_and_written_whole(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from l4convert.checkpoint import open_checkpoint
+from l4convert.emit import source_digests
 from l4convert.errors import InputError, UsageError
 from l4convert.parity import ParityReport, Policy, Thresholds, compare, default_policy, load_policy, validate
 from l4convert.parity.outcome import TextUsed, write_report
@@ -227,3 +229,31 @@ def test_a_policy_file_decides(scout_layout: Path, tmp_path: Path) -> None:
     report = validate(artifact, scout_layout, policy=load_policy(file, "portable"), tokens=60, window=30)
     assert not report.passed
     assert report.failures == ("one call: tokens is 60, the policy wants at least 100000",)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention_chunk_size", 7), ("rms_norm_eps", 2e-5), ("floor_scale", 999), ("no_rope_layers", [1, 1, 1, 1])],
+)
+def test_a_reference_of_another_function_fails_whatever_the_policy(
+    key: str, value: object, scout_layout: Path, tmp_path: Path
+) -> None:
+    artifact = write_canonical_artifact(scout_layout, tmp_path / "artifact")
+    other = tmp_path / "other"
+    shutil.copytree(scout_layout, other)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config.pop("layer_types", None)
+    (other / "config.json").write_text(json.dumps(config | {key: value}), encoding="utf-8")
+    lenient = Policy("lenient", Thresholds(max_kl=1e9), Thresholds())
+    report = validate(artifact, other, policy=lenient, tokens=40, window=20)
+    assert not report.passed
+    assert "in the reference" in report.failures[0]
+
+
+def test_other_weight_files_are_noted(scout_layout: Path, tmp_path: Path) -> None:
+    source = {"files": source_digests(open_checkpoint(scout_layout).files)}
+    artifact = write_canonical_artifact(scout_layout, tmp_path / "artifact", source=source)
+    other = write_random_checkpoint(tmp_path / "other", seed=99)
+    same, different = (validate(artifact, path, tokens=40, window=20) for path in (scout_layout, other))
+    assert not any("digests differ" in note for note in same.notes)
+    assert "digests differ" in different.notes[-1]

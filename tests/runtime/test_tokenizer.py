@@ -91,3 +91,9 @@ def test_a_post_processor_that_rewrites_the_text_is_refused(tmp_path: Path) -> N
     only_bos = processors.TemplateProcessing(single=BOS, special_tokens=[(BOS, 0)])
     with pytest.raises(InputError, match="post-processor"):
         TextTokenizer.open(write_tokenizer(tmp_path, only_bos))
+
+
+def test_a_text_that_is_not_utf8_is_an_input_error(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="not UTF-8"):
+        TextTokenizer.open(tmp_path).encode("a\udcffb")

@@ -1,0 +1,44 @@
+"""The options that say how a checkpoint is converted; ``convert`` and ``plan`` take the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from l4convert.cli._complete import recipe_names, target_names
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EPILOG = """\b
+Recipes:
+  int4          weights of attention, MLP and experts in 4 bits, one scale a block
+  fp8           the same weights in E4M3, activations quantized per token at run time
+  fp8-experts   only the routed experts in E4M3
+  none          weights as the checkpoint has them
+  FILE.toml     your own: a scheme for each name pattern, the first match wins
+
+\b
+KV caches:
+  growing       the past is an input that grows; what ONNX Runtime GenAI and optimum expect by default
+  static        preallocated buffers, updated in place
+  windowed      growing, but chunked layers keep at most one chunk: least memory
+"""
+
+
+def conversion_options(function: F) -> F:
+    """Decorator: target, recipe, block size and form of the cache."""
+    options = [
+        click.option("--target", default="cpu", show_default=True, metavar="NAME", shell_complete=target_names,
+                     help="What to make it for; `l4convert targets` lists them."),
+        click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE", shell_complete=recipe_names,
+                     help="How to quantize; see below."),
+        click.option("--block-size", type=click.Choice([32, 64, 128]),
+                     help="Weights that share an INT4 scale.  [default: the recipe's]"),
+        click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]), default="growing",
+                     show_default=True, help="Form of the key/value cache; see below."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function

@@ -1,0 +1,158 @@
+"""How a plan is shown, by ``plan`` and by ``convert --dry-run``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from l4convert.cli._passes import passes_payload, passes_text
+from l4convert.cli._render import count, fields, size, table
+from l4convert.cli._settings import Settings
+from l4convert.planning import ConversionPlan, TensorPlan, TimePlan
+from l4convert.planning.memory import METHOD
+
+
+def show_plan(settings: Settings, plan: ConversionPlan, tensors: bool = False) -> None:
+    """Print the plan; ``tensors`` adds a row for each tensor.
+
+    Raises:
+        InputError: After that, if the disk is too small.
+    """
+    settings.emit("plan", plan_payload(plan, tensors), plan_text(plan, tensors, settings.verbose))
+    plan.disk.check()
+
+
+def plan_payload(plan: ConversionPlan, tensors: bool) -> dict[str, Any]:
+    """The schema ``l4convert.plan/1``; docs/guides/planning.md describes it."""
+    disk, memory = plan.disk, plan.memory
+    payload: dict[str, Any] = {
+        "source": plan.source,
+        "parameters": plan.parameters,
+        "active_parameters": plan.active_parameters,
+        "source_bytes": plan.source_bytes,
+        "output": None if plan.output is None else str(plan.output),
+        "target": plan.target,
+        "recipe": plan.recipe,
+        "kv_cache": plan.kv_cache,
+        "bytes": plan.bytes,
+        "tensor_count": plan.tensors,
+        "kinds": [{"kind": kind, "tensors": n, "bytes": nbytes} for kind, (n, nbytes) in plan.kinds.items()],
+        "files": dict(plan.files),
+        "disk": {
+            "needed_bytes": disk.needed,
+            "folder": None if disk.folder is None else str(disk.folder),
+            "free_bytes": disk.free,
+            "missing_bytes": None if disk.free is None else disk.missing,
+        },
+        "memory": {
+            "peak_bytes": memory.peak,
+            "process_bytes": memory.process,
+            "tile_bytes": memory.tile,
+            "jobs": memory.jobs,
+            "largest_tile": {"tensor": memory.tensor, "rows": memory.rows},
+            "method": METHOD,
+        },
+        "time": None if plan.time is None else _time_payload(plan.time),
+        "passes": passes_payload(plan.passes),
+    }
+    return payload | ({"tensors": [dataclasses.asdict(row) for row in plan.table]} if tensors else {})
+
+
+def _time_payload(time: TimePlan) -> dict[str, Any]:
+    return {
+        "estimate": True,
+        "seconds": round(time.seconds, 3),
+        "schemes": [
+            {"scheme": scheme, "elements": n, "elements_per_second": round(time.rates[scheme])}
+            for scheme, n in time.elements.items()
+        ],
+        "source_digest": {"bytes": time.source_bytes, "bytes_per_second": round(time.digest_rate)},
+    }
+
+
+def plan_text(plan: ConversionPlan, tensors: bool, verbose: bool) -> str:
+    """Summary, kinds and files; ``verbose`` adds the passes and how the numbers were found."""
+    kinds = [(kind, f"{n:,}", size(nbytes)) for kind, (n, nbytes) in plan.kinds.items()]
+    parts = [
+        _summary(plan),
+        table(["kind", "tensors", "size"], kinds, right=[1, 2]),
+        table(["file", "size", "bytes"], [(name, size(n), f"{n:,}") for name, n in plan.files.items()], right=[1, 2]),
+    ]
+    if tensors:
+        parts.append(_tensor_table(plan.table))
+    if verbose:
+        parts += [passes_text(plan.passes, verbose=True), _methods(plan)]
+    return "\n\n".join(parts)
+
+
+def _summary(plan: ConversionPlan) -> str:
+    active = f"{count(plan.active_parameters)} active per token"
+    memory = plan.memory
+    tile = (
+        f"{size(memory.process)} for the program and graph, {memory.jobs} x {size(memory.tile)} for the largest tiles"
+    )
+    return fields(
+        [
+            ("would convert", plan.source),
+            ("parameters", f"{count(plan.parameters)} ({active}), {size(plan.source_bytes)}"),
+            ("would write", plan.output or "(no --output)"),
+            ("target", plan.target),
+            ("recipe", plan.recipe),
+            ("KV cache", plan.kv_cache),
+            ("size", f"{size(plan.bytes)} in {plan.tensors:,} tensors"),
+            ("disk", _disk(plan)),
+            ("memory", f"{size(memory.peak)} expected: {tile}"),
+            ("time", _time(plan)),
+        ]
+    )
+
+
+def _disk(plan: ConversionPlan) -> str:
+    disk = plan.disk
+    if disk.free is None:
+        return f"{size(disk.needed)} needed; --output compares with what is free there"
+    verdict = f", {size(disk.missing)} TOO FEW" if disk.missing else ""
+    return f"{size(disk.needed)} needed, {size(disk.free)} free in {disk.folder}{verdict}"
+
+
+def _time(plan: ConversionPlan) -> str:
+    if plan.time is None:
+        return "not measured"
+    time = plan.time
+    rates = ", ".join(f"{scheme} {count(rate)}/s" for scheme, rate in time.rates.items())
+    return f"about {duration(time.seconds)} (an estimate, measured here: {rates})"
+
+
+def duration(seconds: float) -> str:
+    """``2 h 11 min``, ``45 min``, ``12 s``: two digits or so, as an estimate deserves."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 600 else f"{minutes / 60:.0f} h"
+
+
+def _tensor_table(rows: tuple[TensorPlan, ...]) -> str:
+    cells = [(r.name, r.kind, r.scheme, r.dtype, list(r.shape), r.bytes, r.file, _offset(r), _sources(r)) for r in rows]
+    headers = ["tensor", "kind", "scheme", "dtype", "shape", "bytes", "file", "offset", "from"]
+    return table(headers, cells, right=[5, 7])
+
+
+def _offset(row: TensorPlan) -> str:
+    return "" if row.offset is None else str(row.offset)
+
+
+def _sources(row: TensorPlan) -> str:
+    more = len(row.sources) - 1
+    return f"{row.sources[0]} and {more} more" if more > 0 else "".join(row.sources)
+
+
+def _methods(plan: ConversionPlan) -> str:
+    lines = [f"memory: {METHOD}; here {plan.memory.rows} rows of {plan.memory.tensor}"]
+    if plan.time is not None:
+        work = [f"{n:,} elements {scheme} at {plan.time.rates[scheme]:,.0f}/s" for scheme, n in
+                plan.time.elements.items()]  # fmt: skip
+        digest = f"{plan.time.source_bytes:,} source bytes digested at {plan.time.digest_rate:,.0f}/s"
+        lines.append(f"time: {' + '.join([*work, digest])}; reading from a cold disk may take longer")
+    return "\n".join(lines)

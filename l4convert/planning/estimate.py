@@ -1,0 +1,167 @@
+"""How long a conversion will take, from a short measurement on this machine: an estimate, no promise.
+
+The measurement computes and writes tiles of tensors that have the model's real shapes, recipe and target but random
+content, so it goes through the same code as the conversion. Reading the checkpoint from a cold disk is not in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
+from l4convert.emit.jobs import group_jobs
+from l4convert.emit.plan import PlannedTensor, WeightsPlan
+from l4convert.planning.tensors import SCALES, classify, group_elements
+from l4convert.quantization.recipe import Recipe
+
+#: Seconds that the measurement takes, about: a tile that was begun is finished.
+SECONDS = 2.0
+_SCRATCH_BYTES = 128 << 20
+_DIGEST_BYTES = 16 << 20
+_SIGMA = 0.02  # of weights, as Llama's are
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """An estimate.
+
+    Attributes:
+        elements: Elements of the checkpoint to be read, by what is done to them: the scheme's name, followed by
+            ``scales`` for scales that lie apart from their values and are computed by themselves.
+        rates: Elements computed and written a second, likewise, measured on one thread.
+        source_bytes: Bytes of the checkpoint, digested before the conversion.
+        digest_rate: Bytes digested a second, measured.
+    """
+
+    elements: Mapping[str, int]
+    rates: Mapping[str, float]
+    source_bytes: int
+    digest_rate: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole conversion."""
+        return self.source_bytes / self.digest_rate + sum(n / self.rates[work] for work, n in self.elements.items())
+
+
+class Noise(LazyTensor):
+    """A tensor whose every tile is the same normal noise."""
+
+    def __init__(self, name: str, shape: Sequence[int], pool: np.ndarray) -> None:
+        super().__init__(ir.DataType.from_numpy(pool.dtype), shape, name=name)
+        self._pool = pool
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.name or "",)
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        shape = (rows.stop - rows.start, cols.stop - cols.start)
+        size = shape[0] * shape[1]
+        return self._pool[:size].reshape(shape) if size <= self._pool.size else np.resize(self._pool, shape)
+
+
+def noise_tensors(shapes: Mapping[str, Sequence[int]], dtype: ir.DataType) -> dict[str, LazyTensor]:
+    """Tensors of random content; they share one small array."""
+    normal = np.random.default_rng(0).standard_normal(TILE_ELEMENTS, np.float32) * np.float32(_SIGMA)
+    pool = normal.astype(dtype.numpy())
+    return {name: Noise(name, shape, pool) for name, shape in shapes.items()}
+
+
+def estimate_time(
+    plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, source_bytes: int, folder: Path | None
+) -> TimePlan:
+    """Measure the schemes of ``plan`` on tensors of ``sample``.
+
+    Args:
+        plan: What would be written; none of its tensors is read.
+        sample: A plan for the same recipe and target whose tensors have random content (:func:`noise_tensors`).
+        recipe: Says which tensors have which scheme.
+        source_bytes: Size of the checkpoint.
+        folder: Where to write; nothing is left there. Default: the system's folder for temporary files.
+
+    Raises:
+        OSError: Too little disk for the measurement, or the folder cannot be written to.
+    """
+    elements = _by_work(plan, recipe)
+    largest = {_work(group, recipe): group for group in sorted(sample.groups, key=group_elements)}
+    budget = SECONDS / (len(elements) + 0.2)
+    with _scratch(folder) as descriptor:
+        rates = {work: _rate(largest[work], descriptor, budget) for work in elements}
+    return TimePlan(elements, rates, source_bytes, _digest_rate(budget / 5))
+
+
+def _by_work(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:
+    elements: dict[str, int] = {}
+    for group in plan.groups:
+        if number := group_elements(group):
+            work = _work(group, recipe)
+            elements[work] = elements.get(work, 0) + number
+    return elements
+
+
+def _work(group: Sequence[PlannedTensor], recipe: Recipe) -> str:
+    """What is done to a group: its scheme, told apart where scales are computed without their values."""
+    kind, scheme = classify(group[0], recipe)
+    return f"{scheme} scales" if kind == SCALES else scheme
+
+
+def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> float:
+    """Elements a second. The first tile pays for what later ones find warm, so it counts only when it stays alone."""
+    start = warm = time.perf_counter()
+    total = sum(planned.nbytes for planned in group)
+    done = done_warm = steps = 0
+    for piece in (piece for job in group_jobs(group, 0) for piece in job.pieces):
+        data = piece.compute()
+        _write(descriptor, done, data)
+        done += len(data)
+        now = time.perf_counter()
+        if piece.planned is not group[-1] and now - start < 2 * budget:
+            continue
+        steps += 1
+        if steps == 1:
+            warm, done_warm = now, done
+        if now - start >= budget:
+            break
+    os.fsync(descriptor)
+    if steps > 1:
+        done, start = done - done_warm, warm
+    return group_elements(group) * done / max(1, total) / max(1e-9, time.perf_counter() - start)
+
+
+def _write(descriptor: int, offset: int, data: bytes) -> None:
+    os.pwrite(descriptor, data, offset % _SCRATCH_BYTES)
+
+
+def _digest_rate(budget: float) -> float:
+    data, done, start = bytes(_DIGEST_BYTES), 0, time.perf_counter()
+    digest = hashlib.sha256()
+    while done == 0 or time.perf_counter() - start < budget:
+        digest.update(data)
+        done += len(data)
+    return done / (time.perf_counter() - start)
+
+
+@contextmanager
+def _scratch(folder: Path | None) -> Iterator[int]:
+    """A file without a name: nothing stays, however the process ends."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        yield file.fileno()
+
+
+def sample_layers(kinds: Iterable[object]) -> list[int]:
+    """The first index of each kind, in order."""
+    first: dict[object, int] = {}
+    for index, kind in enumerate(kinds):
+        first.setdefault(kind, index)
+    return sorted(first.values())

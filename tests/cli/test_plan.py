@@ -1,0 +1,230 @@
+"""``l4convert plan`` and ``convert --dry-run``: one plan, shown for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from l4convert import cli
+from l4convert.checkpoint.presets import PRESETS
+from l4convert.cli._plan import duration
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> dict[str, Any]:
+    assert cli.run([*map(str, args), "--json"]) == code
+    content = json.loads(capsys.readouterr().out)
+    assert content["schema"] == "l4convert.plan/1"
+    return content  # type: ignore[no-any-return]
+
+
+# The schema: name -> type, nested. A change here is a new version of it.
+SCHEMA: dict[str, Any] = {
+    "schema": str,
+    "source": str,
+    "parameters": int,
+    "active_parameters": int,
+    "source_bytes": int,
+    "output": str,
+    "target": str,
+    "recipe": str,
+    "kv_cache": str,
+    "bytes": int,
+    "tensor_count": int,
+    "kinds": [{"kind": str, "tensors": int, "bytes": int}],
+    "files": dict,
+    "disk": {"needed_bytes": int, "folder": str, "free_bytes": int, "missing_bytes": int},
+    "memory": {
+        "peak_bytes": int,
+        "process_bytes": int,
+        "tile_bytes": int,
+        "jobs": int,
+        "largest_tile": {"tensor": str, "rows": int},
+        "method": str,
+    },
+    "time": {
+        "estimate": bool,
+        "seconds": float,
+        "schemes": [{"scheme": str, "elements": int, "elements_per_second": int}],
+        "source_digest": {"bytes": int, "bytes_per_second": int},
+    },
+    "passes": [{"name": str, "fired": int, "skipped": list}],
+    "tensors": [
+        {
+            "name": str,
+            "kind": str,
+            "scheme": str,
+            "dtype": str,
+            "shape": list,
+            "bytes": int,
+            "file": str,
+            "offset": int,
+            "sources": list,
+        }
+    ],
+}
+
+
+def conforms(value: Any, schema: Any, where: str = "plan") -> None:
+    if isinstance(schema, dict):
+        assert value.keys() == schema.keys(), where
+        for key, part in schema.items():
+            conforms(value[key], part, f"{where}.{key}")
+    elif isinstance(schema, list):
+        assert value, where
+        for item in value:
+            conforms(item, schema[0], where)
+    else:
+        assert type(value) is schema or (where.endswith(".offset") and value is None), where
+
+
+def test_the_json_has_its_schema(capsys, nano, tmp_path):
+    conforms(plan_json(capsys, "plan", nano, "--output", tmp_path / "out", "--tensors"), SCHEMA)
+
+
+def test_a_dry_run_prints_the_same_plan(capsys, nano, tmp_path):
+    options = [nano, "--output", tmp_path / "out", "--recipe", "fp8", "--target", "portable", "--kv-cache", "static"]
+    plans = [plan_json(capsys, "plan", *options), plan_json(capsys, "convert", *options, "--dry-run")]
+    assert list(tmp_path.iterdir()) == []
+    for plan in plans:  # what is measured differs from run to run
+        assert plan.pop("time")["seconds"] > 0
+        assert plan["disk"].pop("free_bytes") > 0
+        memory = plan["memory"]
+        assert memory.pop("peak_bytes") == memory.pop("process_bytes") + memory["jobs"] * memory["tile_bytes"]
+    assert plans[0] == plans[1]
+    assert (plans[0]["recipe"], plans[0]["target"], plans[0]["kv_cache"]) == ("fp8", "portable", "static")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_need_no_checkpoint(capsys, preset):
+    plan = plan_json(capsys, "plan", "--preset", preset, "--block-size", 128, "--no-measure")
+    assert plan["source"] == f"preset {preset}"
+    assert plan["time"] is None
+    assert plan["output"] is plan["disk"]["folder"] is plan["disk"]["free_bytes"] is None
+    assert sum(kind["bytes"] for kind in plan["kinds"]) == plan["bytes"] <= plan["files"]["model.safetensors"]
+    # 4 bits a weight, a float32 scale for 128 of them, and the BF16 embedding and head.
+    vocabulary = 2 * PRESETS[preset].vocab_size * PRESETS[preset].hidden_size
+    estimate = (plan["parameters"] - vocabulary) * (0.5 + 4 / 128) + 2 * vocabulary
+    assert plan["bytes"] == pytest.approx(estimate, rel=0.001)
+    assert "tensors" not in plan
+
+
+def test_text_for_people(capsys, nano, tmp_path):
+    assert cli.run(["plan", str(nano), "-o", str(tmp_path / "out"), "--tensors", "-v"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "1.6 M (986 k active per token)",
+        "an estimate, measured here",
+        f"free in {tmp_path}",
+        "for the largest tiles",
+        "mapped pages of the source files",
+        "quantize_weights skipped 5: the recipe keeps it",
+        "model.layers.0.feed_forward.experts.gate_up_proj_int4_packed ",
+        "model.safetensors",
+        "rotary tables",
+    ):
+        assert part in text, part
+    assert cli.run(["plan", str(nano), "--no-measure"]) == 0
+    text = capsys.readouterr().out
+    assert "not measured" in text
+    assert "(no --output)" in text
+    assert "gate_up_proj_int4_packed" not in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("command", [["plan"], ["convert", "--dry-run"]])
+def test_too_little_disk_is_exit_3_after_the_plan(capsys, nano, tmp_path, monkeypatch, command):
+    name, *flags = command
+    args = [name, str(nano), "--output", str(tmp_path / "out"), *flags]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    plan = plan_json(capsys, *args, code=3)
+    missing = plan["disk"]["needed_bytes"] - 1000
+    assert plan["disk"]["missing_bytes"] == missing > 0
+    assert cli.run(args) == 3
+    out, err = capsys.readouterr()
+    assert "TOO FEW" in out
+    assert err.startswith(f"error: {tmp_path}: ")
+    assert f": {missing} too few" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "neither was given"),
+        (["CKPT", "--preset", "scout"], "both were given"),
+        (["--preset", "scuot"], "no preset 'scuot'"),
+        (["--preset", "scout", "--target", "tpu"], "unknown target 'tpu'"),
+        (["--preset", "scout", "--recipe", "int3"], "no recipe 'int3'"),
+        (["--preset", "scout", "--recipe", "fp8", "--block-size", "32"], "has no int4 rule"),
+        (["--preset", "scout", "--block-size", "48"], "48"),
+    ],
+)
+def test_bad_combinations_are_exit_2(capsys, nano, args, message):
+    assert cli.run(["plan", *(str(nano) if arg == "CKPT" else arg for arg in args)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_an_output_in_use_is_exit_2_unless_it_will_be_replaced(capsys, nano, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert cli.run(["plan", str(nano), "-o", str(out), "--no-measure"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.run(["plan", str(nano), "-o", str(out), "--no-measure", "--overwrite"]) == 0
+
+
+def process(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("L4CONVERT_")}
+    env["PYTHONPATH"] = str(REPO)
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False)
+
+
+def test_from_plan_to_artifact_as_a_user_goes(nano, tmp_path):
+    planned = process("-m", "l4convert", "plan", nano, "-o", "out", "--json", "--no-measure", cwd=tmp_path)
+    assert (planned.returncode, planned.stderr) == (0, "")
+    assert process("-m", "l4convert", "convert", nano, "-o", "out", cwd=tmp_path).returncode == 0
+    files = json.loads(planned.stdout)["files"]
+    assert {"model.onnx", "model.safetensors"} <= files.keys()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files.keys() | {"l4convert.json"}
+    for name, nbytes in files.items():
+        assert (tmp_path / "out" / name).stat().st_size == nbytes, name
+    refused = process("-m", "l4convert", "plan", nano, "--preset", "scout", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "Traceback" not in refused.stderr
+
+
+def test_the_largest_model_in_a_process_of_its_own(tmp_path):
+    """Less than a gigabyte, measured from outside as what the process ever held."""
+    code = (
+        "import resource, sys\n"
+        "from l4convert import cli\n"
+        "code = cli.run(['plan', '--preset', 'behemoth', '--no-measure', '--json', '--tensors'])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    done = process("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["tensor_count"] <= len(plan["tensors"])
+    assert int(done.stderr) < 1_000_000  # kilobytes
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (12.4, "12 s"), (280, "5 min"), (4260, "71 min"), (7190, "2 h 0 min"), (82400, "23 h")],
+)
+def test_durations_have_the_precision_of_an_estimate(seconds, text):
+    assert duration(seconds) == text
