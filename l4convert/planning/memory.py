@@ -14,13 +14,14 @@ from l4convert.emit.memory import default_limit, resident_bytes, share_memory
 from l4convert.emit.plan import PlannedTensor, WeightsPlan
 from l4convert.errors import UsageError
 from l4convert.planning.tensors import classify, group_elements
+from l4convert.quantization import native
 from l4convert.quantization.recipe import Recipe
 
-# Bytes of temporaries for an element of the checkpoint while its tile is quantized: a copy of the weight in order, the
-# test for NaN, float32 copies, results that are kept for the scales. tests/planning/test_memory.py holds them, and the
-# number of copies of what is written (in order, as bytes, and those of the step before), to what tracemalloc counts.
-_WORKING_BYTES = {"none": 0, "int4": 6, "fp8": 8}
-_COPIES = 5
+# Bytes of temporaries for an element of the checkpoint while its tile is quantized: a copy of the weight in order,
+# results that are kept for the scales, and float32 copies where NumPy does it. tests/planning/test_memory.py holds
+# them, and the number of copies of what is written (in order, and as bytes), to what tracemalloc counts.
+_WORKING_BYTES = {"none": 0, "int4": 6, "fp8": 1 if native.AVAILABLE else 9}
+_COPIES = 2
 #: In words, for people who read a plan.
 METHOD = (
     "what this process holds now (libraries, graph, plan) and, for each job that runs at once, the largest tile: its"
