@@ -43,12 +43,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What ``l4convert convert`` is asked for; field by field the options of that command."""
+@dataclass(frozen=True, kw_only=True)
+class _HowOptions:
+    """How a checkpoint is converted, whether it is done or only planned."""
 
-    checkpoint: Path
-    output: Path
     target: str = "cpu"
     recipe: str = "int4"
     block_size: int | None = None
@@ -58,18 +56,20 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class ConvertOptions(_HowOptions):
+    """What ``l4convert convert`` is asked for; field by field the options of that command."""
+
+    checkpoint: Path
+    output: Path
+
+
+@dataclass(frozen=True)
+class PlanOptions(_HowOptions):
     """What ``l4convert plan`` is asked for: a checkpoint or a preset, and how it would be converted."""
 
     checkpoint: Path | None = None
     preset: str | None = None
     output: Path | None = None
-    target: str = "cpu"
-    recipe: str = "int4"
-    block_size: int | None = None
-    kv_cache: str = "growing"
-    verify_passes: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
