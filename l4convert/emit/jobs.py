@@ -90,20 +90,22 @@ def plan_jobs(plan: WeightsPlan) -> Iterator[Job]:
 def group_jobs(group: Sequence[PlannedTensor], first: int) -> Iterator[Job]:
     """The jobs of a group, numbered from ``first``.
 
-    The tensors of a group advance by the same rows, so that what they are computed from is read once.
+    The tensors of a group advance in step, so that what they are computed from is read once: by the same rows, or where
+    one has a row for several of another (scales of blocks), by as many times fewer.
     """
     step = _rows_a_job(group)
     if step is None:
         memory = sum(max(planned.nbytes * 8, _elements(planned) * 4) for planned in group)
         yield Job(first, tuple(Piece(planned, 0, 0, 0, True) for planned in group), memory + _LEAST_BYTES)
         return
-    batch, rows, _ = _lazy(group[0]).matrix
+    batch, rows, times = _heights(group)
     width = max(_width(planned.tensor) for planned in group)
     memory = min(step, rows) * width * _BYTES_AN_ELEMENT + _LEAST_BYTES
     for b in range(batch):
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield Job(first, tuple(Piece(planned, b, start, stop, False) for planned in group), memory)
+            pieces = (Piece(planned, b, start // n, stop // n, False) for planned, n in zip(group, times, strict=True))
+            yield Job(first, tuple(pieces), memory)
             first += 1
 
 
@@ -112,7 +114,7 @@ def count_jobs(group: Sequence[PlannedTensor]) -> int:
     step = _rows_a_job(group)
     if step is None:
         return 1
-    batch, rows, _ = _lazy(group[0]).matrix
+    batch, rows, _ = _heights(group)
     return batch * -(-rows // step)
 
 
@@ -122,13 +124,24 @@ def _rows_a_job(group: Sequence[PlannedTensor]) -> int | None:
         return None
     width = max(_width(planned.tensor) for planned in group)
     rows = max(_LEAST_ROWS, TILE_ELEMENTS // width)
-    for planned in group:
+    batch, _, times = _heights(group)
+    block = max(times)
+    rows = max(block, rows // block * block)
+    for planned, n in zip(group, times, strict=True):
         tensor = _lazy(planned)
         if tensor.dtype.bitwidth < 8 and tensor.matrix[2] % 2:  # two rows share a byte
-            if tensor.matrix[0] > 1 and tensor.matrix[1] % 2:
+            if n > 1 or (batch > 1 and tensor.matrix[1] % 2):
                 return None
-            rows += rows % 2
+            rows += block * (rows % 2)
     return rows
+
+
+def _heights(group: Sequence[PlannedTensor]) -> tuple[int, int, list[int]]:
+    """Matrices, rows of the tallest, and how many of those go with one row of each tensor."""
+    batch = _lazy(group[0]).matrix[0]
+    heights = [_lazy(planned).matrix[1] for planned in group]
+    tallest = max(heights)
+    return batch, tallest, [tallest // max(1, height) for height in heights]
 
 
 def _width(tensor: ir.TensorProtocol) -> int:

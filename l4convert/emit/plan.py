@@ -7,7 +7,7 @@ together), except that tensors computed from the same source rows are neighbours
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 
@@ -20,6 +20,8 @@ WEIGHTS_FILE = "model.safetensors"
 FILLER_PREFIX = "__padding__."
 # Smaller constants (shapes, scalars, small norms) stay in model.onnx, where shape inference can see them.
 EXTERNAL_FROM_BYTES = 1024
+# Rows of one tensor of a group to a row of another: the largest block of :mod:`l4convert.quantization.int4`.
+MOST_ROWS_A_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,8 @@ def plan_weights(model: ir.Model) -> WeightsPlan:
     Raises:
         InputError: More tensors than a safetensors header can hold.
     """
-    grouped: dict[Hashable, list[tuple[ir.Value, ...]]] = {}
-    for values in _external_values(model):
-        grouped.setdefault(_group_key(values[0]), []).append(values)
-    ordered = [values for group in grouped.values() for values in group]
+    grouped = _grouped(_external_values(model))
+    ordered = [values for group in grouped for values in group]
     entries = _entries([values[0] for values in ordered])
     header = encode_header(entries)
     stored = (entry for entry in entries if not entry.name.startswith(FILLER_PREFIX))
@@ -84,7 +84,7 @@ def plan_weights(model: ir.Model) -> WeightsPlan:
             for values, entry in zip(ordered, stored, strict=True)
         ]
     )
-    groups = tuple(tuple(islice(placed, len(group))) for group in grouped.values())
+    groups = tuple(tuple(islice(placed, len(group))) for group in grouped)
     return WeightsPlan(header, groups, len(header) + (entries[-1].end if entries else 0))
 
 
@@ -114,22 +114,49 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def _external_values(model: ir.Model) -> list[tuple[ir.Value, ...]]:
-    """The initializers to store outside the graph, in graph order; those of one tensor object together."""
+    """The initializers to store outside the graph, in the order of first use; those of one tensor object together."""
     users: dict[int, list[ir.Value]] = {}
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < EXTERNAL_FROM_BYTES:
-                continue
-            users.setdefault(id(tensor), []).append(value)
+    for value in _initializers(model):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < EXTERNAL_FROM_BYTES:
+            continue
+        users.setdefault(id(tensor), []).append(value)
     return [tuple(values) for values in users.values()]
 
 
-def _group_key(value: ir.Value) -> Hashable:
-    tensor = value.const_value
-    if isinstance(tensor, LazyTensor) and tensor.sources:
-        return (tensor.sources, tensor.matrix[:2])
-    return id(value)
+def _initializers(model: ir.Model) -> Iterable[ir.Value]:
+    """All of them: passes add theirs at the end of a graph's list, wherever they are used."""
+    known = {value for graph in model.graphs() for value in graph.initializers.values()}
+    used = (value for node in model.graph.all_nodes() for value in node.inputs if value in known)
+    return dict.fromkeys(chain(used, (v for graph in model.graphs() for v in graph.initializers.values())))
+
+
+def _grouped(external: Iterable[tuple[ir.Value, ...]]) -> list[list[tuple[ir.Value, ...]]]:
+    """Groups in the order of their first members.
+
+    Members have the same sources and as many matrices, of as many rows or a whole number of times fewer: the scales of
+    blocks of rows.
+    """
+    related: dict[Hashable, list[tuple[ir.Value, ...]]] = {}
+    for values in external:
+        tensor = _tensor(values[0])
+        together = isinstance(tensor, LazyTensor) and bool(tensor.sources) and (tensor.sources, tensor.matrix[0])
+        related.setdefault(together or id(tensor), []).append(values)
+    groups: list[list[tuple[ir.Value, ...]]] = []
+    for members in related.values():
+        tallest = max(_rows(values[0]) for values in members)
+        parts: dict[int, list[tuple[ir.Value, ...]]] = {}
+        for values in members:
+            rows = _rows(values[0])
+            in_step = rows > 0 and tallest % rows == 0 and tallest // rows <= MOST_ROWS_A_BLOCK
+            parts.setdefault(tallest if in_step else rows, []).append(values)
+        groups.extend(parts.values())
+    return groups
+
+
+def _rows(value: ir.Value) -> int:
+    tensor = _tensor(value)
+    return tensor.matrix[1] if isinstance(tensor, LazyTensor) else 1
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

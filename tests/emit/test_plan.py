@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from l4convert.checkpoint.lazy import Constant, InterleavedHalves, Mapped, Reshaped
+from l4convert.checkpoint.lazy import Constant, InterleavedHalves, Mapped, Reshaped, transposed
 from l4convert.emit.fill import write_weights
 from l4convert.emit.header import PAGE, Entry, align, encode_header
 from l4convert.emit.jobs import count_jobs, group_jobs
@@ -149,13 +149,15 @@ class Counted(Weight):
         return super().tile(batch, rows, cols)
 
 
-@pytest.mark.parametrize("layout", ["plain", "matmul_nbits", "qmoe", "qmoe_interleaved", "fp8"])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "matmul_nbits", "qmoe", "qmoe_interleaved", "fp8"])
 def test_quantized_values_and_scales_read_their_weight_once(layout: str) -> None:
     weight = Counted(np.ones((2, 3000, 2048), np.float32).astype("bfloat16"), "w")  # more than a tile each
     source = Reshaped(weight, (6000, 2048)) if layout == "matmul_nbits" else weight
     q, s = quantize_fp8(source) if layout == "fp8" else quantize_int4(source, 32, "absmax")
     if layout == "qmoe_interleaved":
         q, s = InterleavedHalves(q), InterleavedHalves(s)
+    if layout == "transposed":  # a row of scales for 32 of values
+        q, s = transposed(q), transposed(s)
     if layout == "matmul_nbits":
         q = matmul_nbits(q, 32)
     elif layout.startswith("qmoe"):
@@ -164,6 +166,15 @@ def test_quantized_values_and_scales_read_their_weight_once(layout: str) -> None
     Counted.read = 0
     assert sum(_computed(group)) == q.nbytes + s.nbytes
     assert Counted.read == weight.size
+
+
+def test_the_order_is_that_of_use_wherever_a_graph_lists_its_initializers() -> None:
+    model = holder({name: Weight(np.zeros((16, 32), np.float32), name) for name in ("c", "a", "unused", "b")})
+    node = model.graph[0]
+    for name in ("a", "b", "c"):
+        value = model.graph.initializers[name]
+        model.graph.insert_before(node, ir.node("Identity", [value]))
+    assert [planned.name for planned in plan_weights(model).tensors] == ["a", "b", "c", "unused"]
 
 
 def test_constants_and_in_memory_tensors_are_groups_of_their_own() -> None:
