@@ -44,15 +44,13 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What ``l4convert convert`` is asked for; field by field the options of that command.
+@dataclass(frozen=True, kw_only=True)
+class _HowOptions:
+    """How a checkpoint is converted, whether it is done or only planned.
 
     ``jobs`` and ``memory_limit`` (as "4G") change how fast the artifact is written, not one byte of it.
     """
 
-    checkpoint: Path
-    output: Path
     target: str = "cpu"
     recipe: str = "int4"
     block_size: int | None = None
@@ -65,18 +63,20 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class ConvertOptions(_HowOptions):
+    """What ``l4convert convert`` is asked for; field by field the options of that command."""
+
+    checkpoint: Path
+    output: Path
+
+
+@dataclass(frozen=True)
+class PlanOptions(_HowOptions):
     """What ``l4convert plan`` is asked for: a checkpoint or a preset, and how it would be converted."""
 
     checkpoint: Path | None = None
     preset: str | None = None
     output: Path | None = None
-    target: str = "cpu"
-    recipe: str = "int4"
-    block_size: int | None = None
-    kv_cache: str = "growing"
-    verify_passes: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,8 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
     files = _planned_files(conversion)
     table = tuple(tensor_plans(conversion.model, weights, conversion.recipe))
     parameters, active = parameter_counts(checkpoint.config, checkpoint.tensors)
-    memory = plan_memory(
-        weights, conversion.recipe, _filling(options)
-    )  # before the measurement, which takes memory of its own
+    # Before the measurement, which takes memory of its own.
+    memory = plan_memory(weights, conversion.recipe, _filling(options))
     return ConversionPlan(
         source=str(checkpoint.path),
         parameters=parameters,
@@ -238,9 +237,7 @@ def _planned_files(conversion: _Conversion) -> dict[str, int]:
     return files | {name: len(text.encode()) for name, text in written.items()}
 
 
-def _filling(options: ConvertOptions | PlanOptions) -> Filling:
-    if isinstance(options, PlanOptions):
-        return Filling()
+def _filling(options: _HowOptions) -> Filling:
     limit = None if options.memory_limit is None else parse_size(options.memory_limit)
     return Filling(options.jobs, limit, options.restart)
 

@@ -39,6 +39,9 @@ EXTRAS = {
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 REPAIR = f"pip uninstall -y {' '.join(RUNTIMES[:2])} && {INSTALL['onnxruntime']}"
 
+COMPILED = "compiled kernels"
+IN_NUMPY = "NumPy: the same bytes, but many times slower; install l4convert again where there is a C++ compiler"
+
 EPILOG = """\b
 Examples:
   l4convert doctor
@@ -139,6 +142,7 @@ def _runtime() -> dict[str, Any]:
 def _system() -> dict[str, Any]:
     total, available = _memory()
     return {
+        "compiled_kernels": _compiled_kernels(),
         "l4convert": __version__,
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -169,6 +173,15 @@ def _memory() -> tuple[int | None, int | None]:
     return total, available
 
 
+def _compiled_kernels() -> bool:
+    """Whether quantization runs in the compiled library; not where even NumPy does not load."""
+    try:
+        from l4convert.quantization import native
+    except ImportError:
+        return False
+    return native.AVAILABLE
+
+
 def _text(
     system: dict[str, Any], core: list[Package], extras: list[Extra], runtime: dict[str, Any], problems: list[str]
 ) -> str:
@@ -185,6 +198,7 @@ def _text(
                 ("memory", memory),
                 ("free disk", f"{size(system['disk_free_bytes'])} in {system['folder']}"),
                 ("ONNX Runtime", _runtime_text(runtime)),
+                ("quantization", COMPILED if system["compiled_kernels"] else IN_NUMPY),
             ]
         ),
         table(["core package", "version"], [(p.name, p.version or "absent") for p in core]),

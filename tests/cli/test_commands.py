@@ -270,6 +270,12 @@ def test_doctor_knows_this_machine(capsys):
     assert "CPUExecutionProvider" in content["onnxruntime"]["providers"]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_doctor_says_what_quantizes(capsys, monkeypatch, compiled):
+    monkeypatch.setattr("l4convert.quantization.native.AVAILABLE", compiled)
+    assert run_json(capsys, "doctor")["system"]["compiled_kernels"] is compiled
+
+
 def test_doctor_without_extras_gives_the_commands_and_is_content(capsys, monkeypatch):
     installed = doctor._installed
     monkeypatch.setattr(doctor, "_installed", lambda name: installed(name) if name in doctor.CORE else None)

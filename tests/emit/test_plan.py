@@ -44,7 +44,7 @@ def _names(path: Path) -> list[str]:
         return sorted(name for name in file.keys() if not name.startswith(FILLER_PREFIX))  # noqa: SIM118  # no mapping
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TENSORS)
 def test_any_set_of_tensors_is_a_valid_page_aligned_file(
     tmp_path_factory: pytest.TempPathFactory, shapes: list[Any]

@@ -33,7 +33,7 @@ def test_equals_torch(dtype: type) -> None:
     assert values.tobytes() == expected.view(torch.uint8).numpy().tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     hnp.arrays(
         np.float32, (3, 5), elements=st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False, allow_infinity=False)

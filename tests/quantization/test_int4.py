@@ -87,7 +87,7 @@ def test_zero_and_negligible_blocks_are_zeros_with_scale_one(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     blocks=hnp.arrays(
         np.float32,
