@@ -8,6 +8,7 @@ from typing import Any
 from l4convert.cli._passes import passes_payload, passes_text
 from l4convert.cli._render import count, fields, size, table
 from l4convert.cli._settings import Settings
+from l4convert.cli._sharing import sharing_payload, sharing_rows
 from l4convert.planning import ConversionPlan, TensorPlan, TimePlan
 from l4convert.planning.memory import METHOD
 
@@ -38,6 +39,7 @@ def plan_payload(plan: ConversionPlan, tensors: bool) -> dict[str, Any]:
         "tensor_count": plan.tensors,
         "kinds": [{"kind": kind, "tensors": n, "bytes": nbytes} for kind, (n, nbytes) in plan.kinds.items()],
         "files": dict(plan.files),
+        "shared": None if plan.sharing is None else sharing_payload(plan.sharing),
         "disk": {
             "needed_bytes": disk.needed,
             "folder": None if disk.folder is None else str(disk.folder),
@@ -100,6 +102,7 @@ def _summary(plan: ConversionPlan) -> str:
             ("recipe", plan.recipe),
             ("KV cache", plan.kv_cache),
             ("size", f"{size(plan.bytes)} in {plan.tensors:,} tensors"),
+            *([] if plan.sharing is None else sharing_rows(plan.sharing)),
             ("disk", _disk(plan)),
             ("memory", f"{size(memory.peak)} expected: {tile}"),
             ("time", _time(plan)),

@@ -30,7 +30,8 @@ SHARED_PREFIX = "checkpoint-"
 LEAST_USED = 0.5
 # <linux/fs.h>: #define FICLONE _IOW(0x94, 9, int)
 _FICLONE = 0x40049409
-_NOT_SHARED = "leave --share-weights out, which writes copies"
+#: What a user can do who cannot share.
+INSTEAD = "leave --share-weights out, and copies are written"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def choose(tensors: Iterable[ir.TensorProtocol]) -> Choice:
         if used >= LEAST_USED * _size(file):
             shared |= stored
         else:
-            reason = f"in a file of which less than {LEAST_USED:.0%} is used"
+            reason = f"in files of which less than {LEAST_USED:.0%} is used"
             written[reason] = written.get(reason, 0) + sum(tensor.nbytes for tensor in stored.values())
     return Choice(shared, written)
 
@@ -110,12 +111,12 @@ def _why_written(tensor: ir.TensorProtocol) -> str | None:
     """Why a tensor cannot be shared, whatever else its file holds."""
     if isinstance(tensor, Stored):
         aligned = tensor.offset % tensor.dtype.numpy().itemsize == 0
-        return None if aligned else "not aligned in its file"
+        return None if aligned else "not aligned"
     if isinstance(tensor, Transposed) and isinstance(tensor.parts[0], Stored):
         return "transposed"
     if isinstance(tensor, LazyTensor) and tensor.sources:
-        return "computed from the checkpoint's"
-    return "the graph's own"
+        return "computed"
+    return "not from the checkpoint"
 
 
 def _size(file: Path) -> int:
@@ -140,11 +141,9 @@ def _reflink(source: Path, target: Path) -> bool:
 def _refusal(source: Path, folder: Path, error: OSError) -> Exception:
     what = f"{show(source)}: cannot be shared"
     if error.errno == errno.EXDEV:
-        hint = f"write OUT to the checkpoint's filesystem, or {_NOT_SHARED}"
+        hint = f"write OUT to the checkpoint's filesystem, or {INSTEAD}"
         return UsageError(f"{what}: OUT would be on another filesystem", hint)
     if error.errno in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}:
-        hint = (
-            f"Linux lets a user link only files that they own or may write to (fs.protected_hardlinks); {_NOT_SHARED}"
-        )
+        hint = f"Linux lets a user link only files that they own or may write to (fs.protected_hardlinks); {INSTEAD}"
         return UsageError(f"{what}: no hard link in {show(folder)}: {error.strerror}", hint)
     return os_error(what, error)

@@ -79,7 +79,7 @@ def write_artifact(
     _check_names([*contents, *copies])
     contents[MODEL_FILE] = serialize_model(model, plan)
     filling = filling or Filling()
-    facts = identify(plan, contents, manifest or {}, sources)
+    facts = identify(plan, contents, {"share-weights": share_weights, **(manifest or {})}, sources)
     with staged(out, overwrite) as staging:
         folder, path = staging.folder, staging.folder / WEIGHTS_FILE
         with open_journal(staging, plan, facts, filling.restart) as journal:
@@ -144,17 +144,16 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def _needed_bytes(plan: WeightsPlan, contents: Iterable[bytes], copies: Iterable[Path]) -> int:
-    tensors = len([*plan.tensors, *plan.shared])
     copied = 0
     for source in copies:
         with reported(f"{source}: cannot be read"):
             copied += source.stat().st_size
-    return plan.total_bytes + sum(map(len, contents)) + copied + manifest_reserve(tensors)
+    return plan.total_bytes + sum(map(len, contents)) + copied + manifest_reserve(plan)
 
 
-def manifest_reserve(tensors: int) -> int:
-    """Bytes of disk that are kept for the manifest of an artifact with so many tensors."""
-    return _MANIFEST_BYTES + tensors * _MANIFEST_LINE_BYTES
+def manifest_reserve(plan: WeightsPlan) -> int:
+    """Bytes of disk that are kept for the manifest."""
+    return _MANIFEST_BYTES + _MANIFEST_LINE_BYTES * len([*plan.tensors, *plan.shared])
 
 
 def _allocated(path: Path) -> int:
