@@ -82,6 +82,10 @@ class Stored(LazyTensor):
     def sources(self) -> tuple[str, ...]:
         return (self.key,)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,)
+
     def require_unchanged(self) -> None:
         """See whether the file is still the one whose header was read.
 
@@ -96,10 +100,14 @@ class Stored(LazyTensor):
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         if not self.size:
             return np.empty(self.matrix, self.dtype.numpy())[batch, rows, cols]
-        mapping = _mapped(self._state)
+        file = _mapped(self._state)
         offset = self.offset + batch * (self.nbytes // self.matrix[0])
-        matrix: np.ndarray = np.ndarray(self.matrix[1:], self.dtype.numpy(), buffer=mapping, offset=offset)
-        return read_tile(mapping, offset, matrix, rows, cols)
+        matrix: np.ndarray = np.ndarray(self.matrix[1:], self.dtype.numpy(), buffer=file.data, offset=offset)
+        try:
+            return read_tile(file, matrix, rows, cols)
+        except OSError as error:
+            message = f"{show(self._state.path)}: tensor '{show(self.key)}': cannot be read: {error.strerror}"
+            raise InputError(message, "check the disk, or download the file again") from error
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
@@ -200,11 +208,11 @@ def _require_same(state: _FileState, status: os.stat_result) -> None:
 
 
 @lru_cache(maxsize=MAX_OPEN_FILES)
-def _mapped(state: _FileState) -> mmap.mmap:
-    """The file's bytes, read-only. A mapping dropped from the cache lives on as long as an array looks into it."""
+def _mapped(state: _FileState) -> np.ndarray:
+    """The file's bytes, uint8; read-only. One dropped from the cache lives on as long as an array looks into it."""
     try:
         with Path(state.path).open("rb") as file:
             _require_same(state, os.fstat(file.fileno()))
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise InputError(f"{show(state.path)}: cannot be read: {show(error.strerror)}") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import threading
@@ -24,7 +23,7 @@ from l4convert.checkpoint.pages import PageBudget
 from l4convert.emit.digest import BLOCK_BYTES
 from l4convert.emit.follow import Follower
 from l4convert.emit.jobs import Job, Piece, count_jobs, group_jobs, plan_jobs
-from l4convert.emit.journal import Journal
+from l4convert.emit.journal import Journal, new_digest
 from l4convert.emit.memory import default_limit, share_memory
 from l4convert.emit.plan import PlannedTensor, WeightsPlan
 from l4convert.emit.pool import run_jobs
@@ -110,8 +109,10 @@ def write_weights(
         with progress.task("Writing weights", total=plan.written_bytes, unit="B") as task:
             with reported(f"{path.name}: cannot be written"):
                 os.ftruncate(descriptor, plan.total_bytes)  # the gaps between tensors read as zeros
-            filler = _Filler(_File(path, descriptor, plan.written_bytes, task), plan, journal, PageBudget(share.pages))
-            tensors, whole = filler.fill(filling.threads, share.jobs)
+            file = _File(path, descriptor, plan.written_bytes, task)
+            with contextlib.closing(PageBudget(share.pages)) as pages:
+                filler = _Filler(file, plan, journal, pages)
+                tensors, whole = filler.fill(filling.threads, share.jobs)
     finally:
         os.close(descriptor)
     entries = {t.name: _entry(t, tensors[t.name]) for t in plan.tensors}
@@ -164,8 +165,8 @@ class _File:
             raise self._error(what, error) from error
 
     def digest(self, pieces: tuple[Piece, ...]) -> bytes:
-        """SHA-256 of the pieces' bytes as the file holds them."""
-        digest = hashlib.sha256()
+        """Digest of the pieces' bytes as the file holds them; empty where it ends before them."""
+        digest = new_digest()
         buffer = memoryview(bytearray(BLOCK_BYTES))
         for piece in pieces:
             position, stop = piece.offset, piece.offset + piece.nbytes
@@ -257,7 +258,7 @@ class _Filler:
         return False
 
     def _write(self, job: Job) -> bytes:
-        digest = hashlib.sha256()
+        digest = new_digest()
         for piece in job.pieces:
             name = piece.planned.name
             with reported(f"tensor {name!r}: its source cannot be read"), self._pages.job():
@@ -289,7 +290,7 @@ def raise_unless_finite(tensor: ir.TensorProtocol, count: int, among: int) -> No
     if count and isinstance(tensor, LazyTensor):
         part = "" if among == tensor.size else " (in one block of it)"
         raise InputError(
-            f"tensor {tensor.sources[0]!r}: {count} of the {among} values written from it{part} are NaN or infinite",
+            f"{tensor.origin}: {count} of the {among} values written from it{part} are NaN or infinite",
             hint="the checkpoint is damaged or was trained into overflow; no conversion of it can be right",
         )
 

@@ -19,6 +19,8 @@ from l4convert.emit.plan import PlannedTensor, WeightsPlan
 # result). tests/planning/test_memory.py compares it with what tracemalloc counts.
 _BYTES_AN_ELEMENT = 16
 _LEAST_BYTES = 1 << 20
+# Rows that are columns of the source (a transposed lm_head is 202,048 wide) touch a cache line, 32 BF16 elements, each.
+_LEAST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def _rows_a_job(group: Sequence[PlannedTensor]) -> int | None:
     if not all(isinstance(planned.tensor, LazyTensor) for planned in group):
         return None
     width = max(_width(planned.tensor) for planned in group)
-    rows = max(1, TILE_ELEMENTS // width)
+    rows = max(_LEAST_ROWS, TILE_ELEMENTS // width)
     for planned in group:
         tensor = _lazy(planned)
         if tensor.dtype.bitwidth < 8 and tensor.matrix[2] % 2:  # two rows share a byte

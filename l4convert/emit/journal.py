@@ -1,9 +1,11 @@
 """The journal of a run: which jobs are on disk, with their digests, so that another run can go on.
 
-A file of lines. The first is JSON, the facts that identify the work; each other one is a job's number and the SHA-256
-of its bytes. A line is written only after the weights it speaks of were synced; many are written together, at most one
-sync of each file every ``COMMIT_SECONDS``. What follows the last whole line (a torn one, zeros that a power failure
-left) is ignored. Room for all lines is reserved at the start, so that a full disk cannot keep work from being recorded.
+A file of lines. The first is JSON, the facts that identify the work; each other one is a job's number and the XXH3 of
+its bytes (128 bits, https://xxhash.com; it finds damage, not malice, thirty times as fast as SHA-256, of which the
+manifest gets its digests when the file is whole). A line is written only after the weights it speaks of were synced;
+many are written together, at most one sync of each file every ``COMMIT_SECONDS``. What follows the last whole line (a
+torn one, zeros that a power failure left) is ignored. Room for all lines is reserved at the start, so that a full disk
+cannot keep work from being recorded.
 """
 
 from __future__ import annotations
@@ -18,12 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 SCHEMA = "l4convert.journal/1"
-COMMIT_SECONDS = 0.5
+COMMIT_SECONDS = 0.2
 COMMIT_BYTES = 256 << 20
 
-_LINE = re.compile(rb"(\d{1,15}) ([0-9a-f]{64})")
-_LINE_BYTES = 16 + 64 + 1
+_LINE = re.compile(rb"(\d{1,15}) ([0-9a-f]{32})")
+_LINE_BYTES = 16 + 32 + 1
+
+
+def new_digest() -> xxhash.xxh3_128:
+    """The digest that the journal keeps of a job's bytes."""
+    return xxhash.xxh3_128()
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Recorded:
 
     Attributes:
         facts: What identifies the work, by name.
-        digests: Job -> SHA-256 of its bytes.
+        digests: Job -> :func:`new_digest` of its bytes.
         end: Where the next line belongs.
     """
 
@@ -111,7 +120,7 @@ class Journal:
         return self._committed
 
     def digest(self, job: int) -> bytes | None:
-        """SHA-256 of a job that an earlier run recorded."""
+        """Digest of a job that an earlier run recorded."""
         return self._digests.get(job)
 
     def start(self, data: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from l4convert.errors import UsageError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_MAX_PAGES_BYTES = 256 << 20
+_MAX_PAGES_BYTES = 512 << 20  # three of Llama 4's gate_up matrices, so that the next one does not wait for the last
 _MIB = 1 << 20
 
 

@@ -98,7 +98,7 @@ def _lines(journal: Path) -> list[bytes]:
 
 
 DAMAGE: dict[str, tuple[Callable[[list[bytes]], bytes], int]] = {
-    "torn line": (lambda lines: b"".join(lines[:5]) + lines[5][:40], 4),
+    "torn line": (lambda lines: b"".join(lines[:5]) + lines[5][:20], 4),
     "no newline": (lambda lines: b"".join(lines)[:-1], 5),
     "zeros": (lambda lines: b"".join(lines[:3]) + bytes(300), 2),
     "zeros in the middle": (lambda lines: b"".join(lines[:3]) + bytes(67) + b"".join(lines[4:]), 2),
