@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
     table = tuple(tensor_plans(conversion.model, weights, conversion.recipe))
     parameters, active = parameter_counts(checkpoint.config, checkpoint.tensors)
     # Before the measurement, which takes memory of its own.
-    memory = plan_memory(weights, conversion.recipe, _filling(options))
+    memory = plan_memory(weights, conversion.recipe, _filling(options), _source_bytes(checkpoint))
     return ConversionPlan(
         source=str(checkpoint.path),
         parameters=parameters,
@@ -230,7 +231,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         sharing=conversion.sharing,
         disk=plan_disk(sum(files.values()) + manifest_reserve(weights), options.output),
         memory=memory,
-        time=_estimate(conversion) if measure else None,
+        time=_estimate(conversion, memory.jobs) if measure else None,
     )
 
 
@@ -254,13 +255,13 @@ def _source_bytes(checkpoint: Checkpoint) -> int:
     return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
 
-def _estimate(conversion: _Conversion) -> TimePlan | None:
+def _estimate(conversion: _Conversion, jobs: int) -> TimePlan | None:
     """None where the disk does not take even the measurement."""
     out = conversion.options.output
     folder = None if out is None else existing_parent(out)
-    source_bytes = _source_bytes(conversion.checkpoint)
+    threads = max(1, min(jobs, len(os.sched_getaffinity(0))))
     try:
-        return estimate_time(conversion.plan, conversion.sample(), conversion.recipe, source_bytes, folder)
+        return estimate_time(conversion.plan, conversion.sample(), conversion.recipe, threads, folder)
     except OSError:
         return None
 

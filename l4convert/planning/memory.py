@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.emit.fill import Filling
 from l4convert.emit.jobs import Job, count_jobs, group_jobs
 from l4convert.emit.memory import default_limit, resident_bytes, share_memory
@@ -25,8 +25,8 @@ _COPIES = 2
 #: In words, for people who read a plan.
 METHOD = (
     "what this process holds now (libraries, graph, plan) and, for each job that runs at once, the largest tile: its"
-    " elements times the scheme's temporaries, and copies of the bytes written; mapped pages of the source files,"
-    " which the system can take back at any time, are not counted"
+    " elements times the scheme's temporaries, and copies of the bytes written; and the pages of the source files that"
+    " may be mapped at a time, which the system can take back"
 )
 
 
@@ -37,6 +37,7 @@ class MemoryPlan:
     Attributes:
         process: Bytes resident now, when the graph is built and every offset planned.
         tile: Bytes of the largest tile on its way from source to file.
+        pages: Bytes of source files that are mapped at a time.
         jobs: How many tiles are on their way at once: those asked for, as far as the limit of memory lets them.
         tensor: The tensor that the largest tile belongs to.
         rows: How many of its rows are computed at a time.
@@ -44,6 +45,7 @@ class MemoryPlan:
 
     process: int
     tile: int
+    pages: int
     jobs: int
     tensor: str
     rows: int
@@ -51,11 +53,11 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """Bytes of all of it together."""
-        return self.process + self.jobs * self.tile
+        return self.process + self.jobs * self.tile + self.pages
 
 
-def plan_memory(plan: WeightsPlan, recipe: Recipe, filling: Filling) -> MemoryPlan:
-    """The expectation for writing this weights file.
+def plan_memory(plan: WeightsPlan, recipe: Recipe, filling: Filling, source_bytes: int) -> MemoryPlan:
+    """The expectation for writing this weights file from ``source_bytes`` of tensors.
 
     Raises:
         UsageError: The memory limit that was asked for is too small.
@@ -63,8 +65,10 @@ def plan_memory(plan: WeightsPlan, recipe: Recipe, filling: Filling) -> MemoryPl
     sizes = [(tile_bytes(group, recipe), group) for group in plan.groups]
     tile, group = max(sizes, key=lambda item: item[0], default=(0, ()))
     if not group:
-        return MemoryPlan(resident_bytes(), 0, 0, "", 0)
-    return MemoryPlan(resident_bytes(), tile, _at_once(plan, filling), group[0].name, _rows(_first_job(group)))
+        return MemoryPlan(resident_bytes(), 0, 0, 0, "", 0)
+    jobs, pages = _at_once(plan, filling)
+    rows = _rows(_first_job(group))
+    return MemoryPlan(resident_bytes(), tile, min(pages, source_bytes), jobs, group[0].name, rows)
 
 
 def tile_bytes(group: Sequence[PlannedTensor], recipe: Recipe) -> int:
@@ -72,13 +76,16 @@ def tile_bytes(group: Sequence[PlannedTensor], recipe: Recipe) -> int:
     job = _first_job(group)
     batch, height = _height(group[0])
     share = 1.0 if job.pieces[0].whole else _rows(job) / (batch * height)
-    elements = min(share * group_elements(group), TILE_ELEMENTS)
+    elements = share * group_elements(group)
     kind = classify(group[0], recipe)[1].partition(" ")[0]
     return math.ceil(_COPIES * job.nbytes + _WORKING_BYTES[kind] * elements)
 
 
-def _at_once(plan: WeightsPlan, filling: Filling) -> int:
-    """How many of the largest jobs will run together; one where this machine's default limit is too small for that."""
+def _at_once(plan: WeightsPlan, filling: Filling) -> tuple[int, int]:
+    """How many of the largest jobs will run together, and bytes for mapped pages.
+
+    One job where this machine's default limit is too small even for that.
+    """
     wanted = min(filling.jobs or len(os.sched_getaffinity(0)), sum(map(count_jobs, plan.groups)))
     largest = max(_first_job(group).memory for group in plan.groups)
     try:
@@ -86,8 +93,8 @@ def _at_once(plan: WeightsPlan, filling: Filling) -> int:
     except UsageError:
         if filling.memory_limit is not None:
             raise
-        return 1
-    return min(wanted, max(1, share.jobs // largest))
+        return 1, 0
+    return min(wanted, max(1, share.jobs // largest)), share.pages
 
 
 def _first_job(group: Sequence[PlannedTensor]) -> Job:

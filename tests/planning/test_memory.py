@@ -36,7 +36,7 @@ def measured(group: Sequence[PlannedTensor]) -> int:
 @pytest.mark.parametrize(("recipe", "target"), [("none", "cpu"), ("int4", "cpu"), ("fp8", "portable")])
 def test_the_largest_tile_is_an_upper_bound_and_no_wild_one(recipe: str, target: str):
     plan, parsed = sample(recipe, target)
-    expected = plan_memory(plan, parsed, Filling(jobs=1))
+    expected = plan_memory(plan, parsed, Filling(jobs=1), GIB)
     ordered = sorted(plan.groups, key=lambda group: tile_bytes(group, parsed))
     by_dtype = {d: list(g)[-1] for d, g in groupby(ordered, key=lambda group: group[0].tensor.dtype)}
     peaks = [(measured(group), next(group_jobs(group, 0)).memory) for group in by_dtype.values()]
@@ -46,9 +46,9 @@ def test_the_largest_tile_is_an_upper_bound_and_no_wild_one(recipe: str, target:
 
 
 def test_a_tile_does_not_grow_with_the_model():
-    scout, maverick = (plan_memory(*sample("int4", "cpu", preset), Filling(1)) for preset in ("scout", "maverick"))
+    scout, maverick = (plan_memory(*sample("int4", "cpu", preset), Filling(1), GIB) for preset in ("scout", "maverick"))
     assert maverick.tile == pytest.approx(scout.tile, rel=0.1)
-    assert maverick.peak == maverick.process + maverick.tile
+    assert maverick.peak == maverick.process + maverick.tile + maverick.pages
     assert maverick.rows > 0
 
 
@@ -57,15 +57,17 @@ def test_jobs_that_run_at_once_are_counted_as_far_as_the_limit_lets_them(monkeyp
     held = memory.resident_bytes()
     plan, recipe = sample("int4", "cpu")
     largest = max(next(group_jobs(group, 0)).memory for group in plan.groups)
-    free = plan_memory(plan, recipe, Filling(jobs=5, memory_limit=4 * GIB))
-    assert (free.jobs, free.peak) == (5, free.process + 5 * free.tile)
-    assert plan_memory(plan, recipe, Filling(jobs=5, memory_limit=3 * largest)).jobs == 2  # a quarter is for pages
-    assert plan_memory(plan, recipe, Filling(jobs=10**9, memory_limit=10**6 * GIB)).jobs < 10**5  # no more than exist
+    free = plan_memory(plan, recipe, Filling(jobs=5, memory_limit=4 * GIB), 5 << 20)
+    assert (free.jobs, free.peak) == (5, free.process + 5 * free.tile + (5 << 20))
+    assert plan_memory(plan, recipe, Filling(jobs=5, memory_limit=3 * largest), GIB).jobs == 2  # a quarter is for pages
+    assert (
+        plan_memory(plan, recipe, Filling(jobs=10**9, memory_limit=10**6 * GIB), GIB).jobs < 10**5
+    )  # no more than exist
 
 
 def test_a_limit_that_was_asked_for_is_refused_as_convert_does_and_the_default_is_not(monkeypatch):
     plan, recipe = sample("int4", "cpu")
     with pytest.raises(UsageError, match="too small for this model: the least is"):
-        plan_memory(plan, recipe, Filling(memory_limit=1 << 20))
+        plan_memory(plan, recipe, Filling(memory_limit=1 << 20), GIB)
     monkeypatch.setattr(memory, "default_limit", lambda: 1 << 20)
-    assert plan_memory(plan, recipe, Filling(jobs=4)).jobs == 1
+    assert plan_memory(plan, recipe, Filling(jobs=4), GIB).jobs == 1
