@@ -70,7 +70,7 @@ def _time_payload(time: TimePlan) -> dict[str, Any]:
             for scheme, n in time.elements.items()
         ],
         "jobs": time.jobs,
-        "digest": {"bytes": 2 * time.written_bytes, "bytes_per_second": round(time.digest_rate)},
+        "digest": {"bytes": 2 * time.weight_bytes, "bytes_per_second": round(time.digest_rate)},
     }
 
 
@@ -156,7 +156,7 @@ def _methods(plan: ConversionPlan) -> str:
     if plan.time is not None:
         work = [f"{n:,} elements {scheme} at {plan.time.rates[scheme]:,.0f}/s" for scheme, n in
                 plan.time.elements.items()]  # fmt: skip
-        digest = f"2 x {plan.time.written_bytes:,} bytes digested at {plan.time.digest_rate:,.0f}/s"
+        digest = f"2 x {plan.time.weight_bytes:,} bytes digested at {plan.time.digest_rate:,.0f}/s"
         lines.append(
             f"time: ({' + '.join([*work, digest])}) on {plan.time.jobs} cores, but no less than the digests, which take"
             " one; reading from a cold disk may take longer"
