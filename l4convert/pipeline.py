@@ -28,6 +28,7 @@ from l4convert.planning import ConversionPlan, TimePlan
 from l4convert.planning.disk import existing_parent, plan_disk
 from l4convert.planning.estimate import estimate_time, noise_tensors, sample_layers
 from l4convert.planning.memory import plan_memory
+from l4convert.planning.sharing import SharingPlan, plan_sharing
 from l4convert.planning.tensors import tensor_plans
 from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules
@@ -56,6 +57,7 @@ class _HowOptions:
     recipe: str = "int4"
     block_size: int | None = None
     kv_cache: str = "growing"
+    share_weights: bool = False
     verify_passes: bool = False
     overwrite: bool = False
     restart: bool = False
@@ -87,6 +89,7 @@ class ConvertResult:
     Attributes:
         passes: One report for each pass that ran, in order.
         bytes, tensors: Size and number of the tensors in the weights file.
+        sharing: What stays in files of the checkpoint, where that was asked for; not counted in the others.
         resumed_bytes: How many of the bytes an earlier run had written.
         seconds: Wall time of the whole conversion.
     """
@@ -98,6 +101,7 @@ class ConvertResult:
     passes: tuple[PassReport, ...]
     bytes: int
     tensors: int
+    sharing: SharingPlan | None
     resumed_bytes: int
     seconds: float
 
@@ -116,7 +120,8 @@ class _Conversion:
         _check_recipe(self.recipe, self.checkpoint)
         self.model = self.build(self.checkpoint)
         self.reports = tuple(self.run_pass(p, options, progress) for p in self.passes)
-        self.plan = plan_weights(self.model)
+        self.plan = plan_weights(self.model, options.share_weights)
+        self.sharing = plan_sharing(self.plan, options.output) if options.share_weights else None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -152,7 +157,7 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
 
     Raises:
         UsageError: Unknown target, recipe or cache form, an output folder that is in use or holds an unfinished run of
-            other options, or a memory limit that is too small.
+            other options, a memory limit that is too small, or weights that cannot be shared.
         InputError: The checkpoint or recipe is not usable, the checkpoint changed since an unfinished run, or the disk
             is not large enough.
         CheckFailed: ``verify_passes`` was asked for and a pass changed what the graph computes.
@@ -169,6 +174,7 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         extra_files=client_files(checkpoint.config, options.kv_cache, checkpoint.sidecars),
         manifest=_manifest(conversion, options, progress),
         overwrite=options.overwrite,
+        share_weights=options.share_weights,
         progress=progress,
         checkpoint=checkpoint.path,
         sources=checkpoint.files,
@@ -183,6 +189,7 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         passes=conversion.reports,
         bytes=sum(tensor.nbytes for tensor in conversion.plan.tensors),
         tensors=sum(1 for _ in conversion.plan.tensors),
+        sharing=conversion.sharing,
         resumed_bytes=sum(resumed),
         seconds=time.monotonic() - start,
     )
@@ -221,7 +228,8 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         passes=conversion.reports,
         table=table,
         files=files,
-        disk=plan_disk(sum(files.values()) + manifest_reserve(sum(1 for _ in weights.tensors)), options.output),
+        sharing=conversion.sharing,
+        disk=plan_disk(sum(files.values()) + manifest_reserve(weights), options.output),
         memory=memory,
         time=_estimate(conversion, memory.jobs) if measure else None,
     )
@@ -263,6 +271,8 @@ def _open(options: ConvertOptions | PlanOptions) -> Checkpoint:
     if (options.checkpoint is None) == (preset is None):
         given = "both were given" if preset is not None else "neither was given"
         raise UsageError(f"a checkpoint or a preset is needed: {given}", "give a folder, or --preset NAME")
+    if preset is not None and options.share_weights:
+        raise UsageError("a preset has no files in which weights could stay", "plan for a checkpoint")
     if options.checkpoint is not None:
         return open_checkpoint(options.checkpoint)
     assert preset is not None  # the other one is None

@@ -86,6 +86,17 @@ class Stored(LazyTensor):
     def files(self) -> tuple[Path, ...]:
         return (self.file,)
 
+    def require_unchanged(self) -> None:
+        """See whether the file is still the one whose header was read.
+
+        Raises:
+            InputError: It was changed or cannot be read.
+        """
+        try:
+            _require_same(self._state, self.file.stat())
+        except OSError as error:
+            raise InputError(f"{show(self.file)}: cannot be read: {show(error.strerror)}") from error
+
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         if not self.size:
             return np.empty(self.matrix, self.dtype.numpy())[batch, rows, cols]
@@ -191,14 +202,17 @@ def _check_coverage(path: Path, entries: list[_Entry], size: int) -> None:
         raise InputError(f"{show(path)}: {size - position:,} bytes after the last tensor belong to none")
 
 
+def _require_same(state: _FileState, status: os.stat_result) -> None:
+    if (status.st_size, status.st_mtime_ns) != (state.size, state.modified_ns):
+        raise InputError(f"{show(state.path)}: changed since it was opened", "start again")
+
+
 @lru_cache(maxsize=MAX_OPEN_FILES)
 def _mapped(state: _FileState) -> np.ndarray:
     """The file's bytes, uint8; read-only. One dropped from the cache lives on as long as an array looks into it."""
     try:
         with Path(state.path).open("rb") as file:
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != (state.size, state.modified_ns):
-                raise InputError(f"{show(state.path)}: changed since it was opened", "start again")
+            _require_same(state, os.fstat(file.fileno()))
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise InputError(f"{show(state.path)}: cannot be read: {show(error.strerror)}") from error

@@ -28,7 +28,7 @@ KV caches:
 
 
 def conversion_options(function: F) -> F:
-    """Decorator: target, recipe, block size and form of the cache."""
+    """Decorator: target, recipe, block size, form of the cache, sharing."""
     options = [
         click.option("--target", default="cpu", show_default=True, metavar="NAME", shell_complete=target_names,
                      help="What to make it for; `l4convert targets` lists them."),
@@ -38,6 +38,8 @@ def conversion_options(function: F) -> F:
                      help="Weights that share an INT4 scale.  [default: the recipe's]"),
         click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]), default="growing",
                      show_default=True, help="Form of the key/value cache; see below."),
+        click.option("--share-weights", is_flag=True,
+                     help="Leave weights that need no change in the checkpoint's own files; OUT gets links to them."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)

@@ -8,6 +8,7 @@ from typing import Any
 from l4convert.cli._passes import passes_payload, passes_text
 from l4convert.cli._render import count, fields, size, table
 from l4convert.cli._settings import Settings
+from l4convert.cli._sharing import sharing_payload, sharing_rows
 from l4convert.planning import ConversionPlan, TensorPlan, TimePlan
 from l4convert.planning.memory import METHOD
 
@@ -38,6 +39,7 @@ def plan_payload(plan: ConversionPlan, tensors: bool) -> dict[str, Any]:
         "tensor_count": plan.tensors,
         "kinds": [{"kind": kind, "tensors": n, "bytes": nbytes} for kind, (n, nbytes) in plan.kinds.items()],
         "files": dict(plan.files),
+        "shared": None if plan.sharing is None else sharing_payload(plan.sharing),
         "disk": {
             "needed_bytes": disk.needed,
             "folder": None if disk.folder is None else str(disk.folder),
@@ -68,7 +70,7 @@ def _time_payload(time: TimePlan) -> dict[str, Any]:
             for scheme, n in time.elements.items()
         ],
         "jobs": time.jobs,
-        "digest": {"bytes": 2 * time.written_bytes, "bytes_per_second": round(time.digest_rate)},
+        "digest": {"bytes": 2 * time.weight_bytes, "bytes_per_second": round(time.digest_rate)},
     }
 
 
@@ -100,6 +102,7 @@ def _summary(plan: ConversionPlan) -> str:
             ("recipe", plan.recipe),
             ("KV cache", plan.kv_cache),
             ("size", f"{size(plan.bytes)} in {plan.tensors:,} tensors"),
+            *([] if plan.sharing is None else sharing_rows(plan.sharing)),
             ("disk", _disk(plan)),
             ("memory", f"{size(memory.peak)} expected: {size(memory.process)} program and graph, {tiles}"),
             ("time", _time(plan)),
@@ -153,7 +156,7 @@ def _methods(plan: ConversionPlan) -> str:
     if plan.time is not None:
         work = [f"{n:,} elements {scheme} at {plan.time.rates[scheme]:,.0f}/s" for scheme, n in
                 plan.time.elements.items()]  # fmt: skip
-        digest = f"2 x {plan.time.written_bytes:,} bytes digested at {plan.time.digest_rate:,.0f}/s"
+        digest = f"2 x {plan.time.weight_bytes:,} bytes digested at {plan.time.digest_rate:,.0f}/s"
         lines.append(
             f"time: ({' + '.join([*work, digest])}) on {plan.time.jobs} cores, but no less than the digests, which take"
             " one; reading from a cold disk may take longer"

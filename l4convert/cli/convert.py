@@ -12,6 +12,7 @@ from l4convert.cli._conversion import conversion_options
 from l4convert.cli._passes import passes_payload, passes_text
 from l4convert.cli._render import fields, size
 from l4convert.cli._settings import Settings, global_options, settings_of
+from l4convert.cli._sharing import sharing_payload, sharing_rows
 
 if TYPE_CHECKING:
     from l4convert.pipeline import ConvertOptions, ConvertResult
@@ -68,6 +69,7 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "passes": passes_payload(result.passes),
         "bytes": result.bytes,
         "tensors": result.tensors,
+        "shared": None if result.sharing is None else sharing_payload(result.sharing),
         "resumed_bytes": result.resumed_bytes,
         "seconds": round(result.seconds, 3),
     }
@@ -79,6 +81,7 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
         [
             ("wrote", result.output),
             ("size", f"{size(result.bytes)} in {result.tensors:,} tensors"),
+            *([] if result.sharing is None else sharing_rows(result.sharing)),
             *([("resumed", f"{size(result.resumed_bytes)} written by an earlier run")] if result.resumed_bytes else []),
             ("time", f"{result.seconds:.1f} s"),
             ("target", result.target),

@@ -29,6 +29,7 @@ CORE = {
     "rich": "rich",
     "safetensors": "safetensors",
     "tokenizers": "tokenizers",
+    "xxhash": "xxhash",
 }
 EXTRAS = {
     "gpu": {"purpose": "run artifacts (validate, generate)", "packages": ("onnxruntime-gpu",)},

@@ -59,6 +59,11 @@ class Filling:
     memory_limit: int | None = None
     restart: bool = False
 
+    @property
+    def threads(self) -> int:
+        """How many jobs run at once."""
+        return self.jobs or len(os.sched_getaffinity(0))
+
 
 @dataclass(frozen=True)
 class Filled:
@@ -107,7 +112,7 @@ def write_weights(
             file = _File(path, descriptor, plan.written_bytes, task)
             with contextlib.closing(PageBudget(share.pages)) as pages:
                 filler = _Filler(file, plan, journal, pages)
-                tensors, whole = filler.fill(filling.jobs or len(os.sched_getaffinity(0)), share.jobs)
+                tensors, whole = filler.fill(filling.threads, share.jobs)
     finally:
         os.close(descriptor)
     entries = {t.name: _entry(t, tensors[t.name]) for t in plan.tensors}
@@ -121,7 +126,7 @@ def check_finite(tensor: ir.TensorProtocol) -> None:
         InputError: Names the tensor and how many of its values are NaN or infinite.
     """
     if _is_weight(tensor):
-        _raise_unless_finite(tensor, count_not_finite(tensor.tobytes(), tensor.dtype), tensor.size)
+        raise_unless_finite(tensor, count_not_finite(tensor.tobytes(), tensor.dtype), tensor.size)
 
 
 def count_not_finite(data: bytes, dtype: ir.DataType) -> int:
@@ -269,14 +274,19 @@ class _Filler:
 def _check_piece(piece: Piece, data: bytes) -> None:
     tensor = piece.planned.tensor
     if _is_weight(tensor) and (count := count_not_finite(data, tensor.dtype)):
-        _raise_unless_finite(tensor, count, len(data) * 8 // tensor.dtype.bitwidth)
+        raise_unless_finite(tensor, count, len(data) * 8 // tensor.dtype.bitwidth)
 
 
 def _is_weight(tensor: ir.TensorProtocol) -> bool:
     return isinstance(tensor, LazyTensor) and bool(tensor.sources)
 
 
-def _raise_unless_finite(tensor: ir.TensorProtocol, count: int, among: int) -> None:
+def raise_unless_finite(tensor: ir.TensorProtocol, count: int, among: int) -> None:
+    """Refuse a weight of which ``count`` values, of ``among`` that were looked at, are NaN or infinite.
+
+    Raises:
+        InputError: ``count`` is not 0; names the tensor.
+    """
     if count and isinstance(tensor, LazyTensor):
         part = "" if among == tensor.size else " (in one block of it)"
         raise InputError(

@@ -3,18 +3,23 @@
 Every tensor starts on a page, so that ONNX Runtime maps the file instead of copying it. safetensors allows no gaps, so
 the rest of a page after a tensor is a filler tensor of its own. The order is the graph's (what runs together lies
 together), except that tensors computed from the same source rows are neighbours: a *group*, which is filled in step.
+
+On request, tensors that a file of the checkpoint holds as they are refer to that file, which becomes one of the
+artifact's, and are not written (:mod:`l4convert.emit.share`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, count, islice
 
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.safetensors_file import Stored
 from l4convert.emit.header import Entry, align, encode_header, stored_as
+from l4convert.emit.share import Choice, choose, shared_name
 
 WEIGHTS_FILE = "model.safetensors"
 FILLER_PREFIX = "__padding__."
@@ -26,14 +31,15 @@ MOST_ROWS_A_BLOCK = 128
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the weights file.
+    """A tensor that is stored outside the graph.
 
     Attributes:
-        name: Its name in the safetensors header and the manifest.
+        name: Its name in the manifest, and in the header of the weights file.
         values: The initializers that use it (several where the graph shares one tensor object).
         tensor: Its content.
-        offset: Bytes from the start of the file; a multiple of the page size.
+        offset: Bytes from the start of the file; in the weights file a multiple of the page size.
         nbytes: Bytes stored.
+        file: Name of the file in the artifact: the weights file, or one that is shared with the checkpoint.
     """
 
     name: str
@@ -41,6 +47,7 @@ class PlannedTensor:
     tensor: ir.TensorProtocol
     offset: int
     nbytes: int
+    file: str = WEIGHTS_FILE
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,15 +57,24 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class WeightsPlan:
-    """The whole weights file: its header's bytes, and groups of tensors in file order."""
+    """The whole weights file, and what is shared instead of being written to it.
+
+    Attributes:
+        header: The header's bytes.
+        groups: Tensors in file order.
+        shared: Tensors whose bytes stay in files of the checkpoint.
+        unshared: Where sharing was asked for, the bytes that are written nevertheless, by the reason.
+    """
 
     header: bytes
     groups: tuple[tuple[PlannedTensor, ...], ...]
     total_bytes: int
+    shared: tuple[PlannedTensor, ...] = ()
+    unshared: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:
-        """All tensors in file order, fillers left out."""
+        """All tensors of the weights file in its order, fillers left out."""
         return (tensor for group in self.groups for tensor in group)
 
     @property
@@ -67,13 +83,25 @@ class WeightsPlan:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
 
-def plan_weights(model: ir.Model) -> WeightsPlan:
+def stored_of(planned: PlannedTensor) -> Stored:
+    """The checkpoint's tensor that a shared one is."""
+    assert isinstance(planned.tensor, Stored)
+    return planned.tensor
+
+
+def plan_weights(model: ir.Model, share: bool = False) -> WeightsPlan:
     """Place every initializer of at least ``EXTERNAL_FROM_BYTES`` bytes.
+
+    Args:
+        model: Its initializers are lazy tensors, or small ones in memory.
+        share: Whether to leave tensors where they are in the checkpoint, if that is worth it (:func:`choose`).
 
     Raises:
         InputError: More tensors than a safetensors header can hold.
     """
-    grouped = _grouped(_external_values(model))
+    external = _external_values(model)
+    choice = choose(_tensor(values[0]) for values in external) if share else Choice()
+    grouped = _grouped(values for values in external if id(_tensor(values[0])) not in choice.shared)
     ordered = [values for group in grouped for values in group]
     entries = _entries([values[0] for values in ordered])
     header = encode_header(entries)
@@ -85,7 +113,20 @@ def plan_weights(model: ir.Model) -> WeightsPlan:
         ]
     )
     groups = tuple(tuple(islice(placed, len(group))) for group in grouped)
-    return WeightsPlan(header, groups, len(header) + (entries[-1].end if entries else 0))
+    shared = _shared(external, choice, {entry.name for entry in entries})
+    return WeightsPlan(header, groups, len(header) + (entries[-1].end if entries else 0), shared, choice.written)
+
+
+def _shared(external: Sequence[tuple[ir.Value, ...]], choice: Choice, names: set[str]) -> tuple[PlannedTensor, ...]:
+    """The shared tensors in graph order, under names that are not taken."""
+    planned = []
+    for values in external:
+        if stored := choice.shared.get(id(_tensor(values[0]))):
+            name = _free_name(values[0].name or "tensor", names)
+            names.add(name)
+            file = shared_name(stored.file)
+            planned.append(PlannedTensor(name, values, stored, stored.offset, stored.nbytes, file))
+    return tuple(planned)
 
 
 def _entries(values: Sequence[ir.Value]) -> list[Entry]:

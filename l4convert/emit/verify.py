@@ -70,7 +70,8 @@ def verify_artifact(out: Path, progress: Progress = NO_PROGRESS) -> VerifyReport
     manifest = read_manifest(out)
     files, problems = _entries(manifest, "files", ("bytes", "sha256"))
     tensors, more = _entries(manifest, "tensors", ("dtype", "shape", "nbytes", "sha256"))
-    problems += more
+    held, others = _by_file(tensors, files)
+    problems += more + others
     if not is_canonical(out / MANIFEST_FILE, manifest):
         problems.append(f"{MANIFEST_FILE}: was changed after it was written")
     with reported(f"{out}: cannot be read"):
@@ -80,10 +81,14 @@ def verify_artifact(out: Path, progress: Progress = NO_PROGRESS) -> VerifyReport
     ]
     problems += [f"{show(name)}: is missing" for name in sorted(files.keys() | _ESSENTIAL) if name not in present]
     with progress.task("Verifying", total=sum(present.values()), unit="B") as task:
-        for name in sorted(files.keys() & present.keys() - {WEIGHTS_FILE}):
+        for name in sorted(files.keys() & present.keys() - held.keys()):
             problems += _compare(name, files[name], *_guarded_digest(out / name, task))
-        if WEIGHTS_FILE in present:
-            problems += _check_weights(out, files.get(WEIGHTS_FILE), tensors, task, MODEL_FILE in present)
+        headers: dict[str, list[Stored]] = {}
+        for name in sorted(held.keys() & present.keys()):
+            headers[name], more = _check_weights(out / name, files.get(name), held[name], task)
+            problems += more
+        if {MODEL_FILE, WEIGHTS_FILE} <= present.keys():
+            problems += _ref_problems(out, headers)
     return VerifyReport(out, len(files), len(tensors), sum(present.values()), tuple(problems))
 
 
@@ -103,6 +108,26 @@ def _entries(
         else:
             good[name] = entry
     return good, problems
+
+
+def _by_file(
+    tensors: Mapping[str, dict[str, Any]], files: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
+    """File -> its tensors by name: of the weights file, and of those that are shared with the checkpoint."""
+    held: dict[str, dict[str, dict[str, Any]]] = {WEIGHTS_FILE: {}}
+    problems = []
+    for name, entry in tensors.items():
+        file = entry.get("file", WEIGHTS_FILE)
+        if isinstance(file, str) and (file == WEIGHTS_FILE or file in files) and isinstance(_key(name, entry), str):
+            held.setdefault(file, {})[name] = entry
+        else:
+            problems.append(f"{MANIFEST_FILE}: entry {show(name)} of 'tensors' is malformed")
+    return held, problems
+
+
+def _key(name: str, entry: Mapping[str, Any]) -> Any:
+    """A tensor's name in its file."""
+    return entry.get("key", name)
 
 
 def _is_plain(name: str) -> bool:
@@ -144,48 +169,55 @@ def _compare(name: str, entry: Mapping[str, Any], size: int, digest: str) -> lis
 
 
 def _check_weights(
-    out: Path, file: Mapping[str, Any] | None, tensors: Mapping[str, Mapping[str, Any]], task: Task, has_graph: bool
-) -> list[str]:
-    path = out / WEIGHTS_FILE
+    path: Path, file: Mapping[str, Any] | None, tensors: Mapping[str, Mapping[str, Any]], task: Task
+) -> tuple[list[Stored], list[str]]:
+    """The header of a file with tensors, and what is wrong with the file."""
     try:
         header = open_safetensors(path)
     except InputError as error:
-        return [f"{WEIGHTS_FILE}: {error.message.removeprefix(f'{show(path)}: ')}"]
-    stored = {name: tensor for name, tensor in header.items() if not name.startswith(FILLER_PREFIX)}
-    where = f"{WEIGHTS_FILE}: tensor"
-    problems = [f"{where} {show(name)} is missing" for name in tensors if name not in stored]
-    problems += [f"{where} {show(name)} is not in the manifest" for name in stored if name not in tensors]
+        return [], [f"{show(path.name)}: {error.message.removeprefix(f'{show(path)}: ')}"]
+    where = f"{show(path.name)}: tensor"
+    keys = {name: _key(name, entry) for name, entry in tensors.items()}
+    problems = [f"{where} {show(name)} is missing" for name, key in keys.items() if key not in header]
+    if path.name == WEIGHTS_FILE:  # a file of the checkpoint holds other tensors, too
+        stored = [name for name in header if not name.startswith(FILLER_PREFIX)]
+        problems += [f"{where} {show(name)} is not in the manifest" for name in stored if name not in tensors]
     problems += [
         f"{where} {show(name)}: dtype or shape is not what the manifest says"
-        for name, tensor in stored.items()
-        if name in tensors and not _agrees(tensor, tensors[name])
+        for name, key in keys.items()
+        if key in header and not _agrees(header[key], tensors[name])
     ]
-    problems += _digest_problems(out, file, tensors, list(header.values()), task)
-    return problems + (_ref_problems(out, header.values()) if has_graph else [])
+    expected: dict[str, list[tuple[str, Any]]] = {}
+    for name, key in keys.items():
+        expected.setdefault(key, []).append((name, tensors[name]["sha256"]))
+    return list(header.values()), problems + _digest_problems(path, file, expected, header.values(), task)
 
 
 def _digest_problems(
-    out: Path,
+    path: Path,
     file: Mapping[str, Any] | None,
-    tensors: Mapping[str, Mapping[str, Any]],
+    expected: Mapping[str, list[tuple[str, Any]]],
     stored: Iterable[Stored],
     task: Task,
 ) -> list[str]:
-    """One pass over the weights file: every tensor's digest, and the file's."""
+    """One pass over a file: the digest of every tensor that is expected (under its name there), and the file's."""
     problems = []
-    descriptor = os.open(out / WEIGHTS_FILE, os.O_RDONLY)
+    where = show(path.name)
     try:
-        digest = RegionDigest(descriptor, task)
-        for tensor in stored:
-            actual = digest.region(tensor.offset, tensor.offset + tensor.nbytes)
-            if tensor.key in tensors and tensors[tensor.key]["sha256"] != actual:
-                problems.append(f"{WEIGHTS_FILE}: tensor {show(tensor.key)}: SHA-256 differs from the manifest's")
-        size = os.fstat(descriptor).st_size
-        return problems + ([] if file is None else _compare(WEIGHTS_FILE, file, size, digest.whole(size)))
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            digest = RegionDigest(descriptor, task)
+            for tensor in stored:
+                if tensor.key in expected:
+                    actual = digest.region(tensor.offset, tensor.offset + tensor.nbytes)
+                    names = [name for name, sha256 in expected[tensor.key] if sha256 != actual]
+                    problems += [f"{where}: tensor {show(n)}: SHA-256 differs from the manifest's" for n in names]
+            size = os.fstat(descriptor).st_size
+            return problems + ([] if file is None else _compare(path.name, file, size, digest.whole(size)))
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        return [*problems, f"{WEIGHTS_FILE}: cannot be read: {error}"]
-    finally:
-        os.close(descriptor)
+        return [*problems, f"{where}: cannot be read: {error}"]
 
 
 def _agrees(stored: Stored, described: Mapping[str, Any]) -> bool:
@@ -204,21 +236,22 @@ def _holds(stored: Stored, dtype: ir.DataType, shape: tuple[int, ...]) -> bool:
     return stored_as(dtype, shape, stored.nbytes) == (SAFETENSORS_NAMES[stored.dtype], stored.dims)
 
 
-def _ref_problems(out: Path, stored: Iterable[Stored]) -> list[str]:
-    """A problem for every external tensor of the graph that is not, at its offset, such a tensor of the weights."""
+def _ref_problems(out: Path, headers: Mapping[str, Iterable[Stored]]) -> list[str]:
+    """A problem for every external tensor of the graph that is not, at its place, such a tensor of one of the files."""
     try:
         refs = list(external_refs(out / MODEL_FILE))
     except (InputError, OSError) as error:
         return [str(error)]
-    at = {tensor.offset: tensor for tensor in stored if tensor.nbytes}
+    at = {(name, tensor.offset): tensor for name, header in headers.items() for tensor in header if tensor.nbytes}
     return [
-        f"{MODEL_FILE}: tensor {show(ref.name)} does not refer to a tensor of its type and shape in {WEIGHTS_FILE}"
+        f"{MODEL_FILE}: tensor {show(ref.name)} does not refer to a tensor of its type and shape in"
+        f" {show(ref.location) if ref.location in headers else WEIGHTS_FILE}"
         for ref in refs
-        if not _refers(ref, at.get(ref.offset))
+        if not _refers(ref, at.get((ref.location, ref.offset)))
     ]
 
 
 def _refers(ref: ExternalRef, stored: Stored | None) -> bool:
-    if ref.location != WEIGHTS_FILE or stored is None or ref.nbytes != stored.nbytes or ref.dtype.name not in _DTYPES:
+    if stored is None or ref.nbytes != stored.nbytes or ref.dtype.name not in _DTYPES:
         return False
     return _holds(stored, ref.dtype, ref.shape)

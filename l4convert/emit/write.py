@@ -16,6 +16,8 @@ from l4convert.emit.identity import identify
 from l4convert.emit.manifest import build_manifest, encode_manifest
 from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan, plan_weights
 from l4convert.emit.resume import continued, open_journal
+from l4convert.emit.share import SHARED_PREFIX
+from l4convert.emit.share_digest import share_files
 from l4convert.emit.staging import MANIFEST_FILE, check_destination, check_free_disk, reported, staged
 from l4convert.progress import NO_PROGRESS, Progress
 
@@ -33,6 +35,7 @@ def write_artifact(
     extra_files: Mapping[str, str | bytes] | None = None,
     manifest: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    share_weights: bool = False,
     progress: Progress = NO_PROGRESS,
     checkpoint: Path | None = None,
     sources: Sequence[Path] = (),
@@ -51,6 +54,7 @@ def write_artifact(
         extra_files: Name to content of further files; they win over sidecars of the same name.
         manifest: JSON fields for the manifest, beside those that this function knows (:func:`build_manifest`).
         overwrite: Replace an artifact, or an empty folder, that is there already.
+        share_weights: Leave weights that need no change in the checkpoint's own files, which are linked, not copied.
         progress: Told of every byte of the weights file.
         checkpoint: The source folder, outside which ``out`` must lie; default: the sidecars' folders.
         sources: Files that the weights come from; if one changed, what an earlier run left is not continued.
@@ -62,31 +66,33 @@ def write_artifact(
 
     Raises:
         UsageError: ``out`` exists, is no place for an artifact, or another process is writing it; what an earlier run
-            left is of other options; the memory limit is too small.
+            left is of other options; the memory limit is too small; the weights cannot be shared.
         InputError: What an earlier run left is of another source; too little free disk, an unreadable source, a weight
             that is NaN or infinite, or a failing disk.
     """
     out = Path(os.path.realpath(out))
     folders = [path.parent for path in sidecars] if checkpoint is None else [checkpoint]
     check_destination(out, overwrite, list(dict.fromkeys(folders)))
-    plan = plan_weights(model)
+    plan = plan_weights(model, share_weights)
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in (extra_files or {}).items()}
     copies = {path.name: path for path in sidecars if path.name not in contents}
     _check_names([*contents, *copies])
     contents[MODEL_FILE] = serialize_model(model, plan)
     filling = filling or Filling()
-    facts = identify(plan, contents, manifest or {}, sources)
+    facts = identify(plan, contents, {"share-weights": share_weights, **(manifest or {})}, sources)
     with staged(out, overwrite) as staging:
         folder, path = staging.folder, staging.folder / WEIGHTS_FILE
         with open_journal(staging, plan, facts, filling.restart) as journal:
             needed = _needed_bytes(plan, contents.values(), copies.values())
             check_free_disk(folder, needed - _allocated(path))
             with continued(staging, journal):
+                shared = share_files(plan.shared, folder, filling.threads, progress)
                 filled = write_weights(path, plan, progress, filling, journal)
-                files = {WEIGHTS_FILE: filled.file}
+                files = {WEIGHTS_FILE: filled.file, **shared.files}
                 files |= {name: _write(folder / name, [content]) for name, content in contents.items()}
                 files |= {name: _write(folder / name, _blocks(source)) for name, source in copies.items()}
-                _write(folder / MANIFEST_FILE, [encode_manifest(build_manifest(manifest or {}, filled.tensors, files))])
+                tensors = filled.tensors | shared.tensors
+                _write(folder / MANIFEST_FILE, [encode_manifest(build_manifest(manifest or {}, tensors, files))])
                 with reported(f"{out}: cannot be put in place"):
                     staging.publish()
     if on_resumed is not None:
@@ -95,7 +101,7 @@ def write_artifact(
 
 
 def serialize_model(model: ir.Model, plan: WeightsPlan) -> bytes:
-    """The bytes of model.onnx: planned initializers refer to the weights file, the others are inline.
+    """The bytes of model.onnx: planned initializers refer to the file that has their bytes, the others are inline.
 
     Raises:
         InputError: An inline weight is NaN or infinite.
@@ -110,11 +116,12 @@ def serialize_model(model: ir.Model, plan: WeightsPlan) -> bytes:
 
 @contextmanager
 def _external(plan: WeightsPlan) -> Iterator[None]:
-    """Let every planned initializer refer to the weights file while the context lasts."""
-    for planned in plan.tensors:
+    """Let every planned initializer refer to its file while the context lasts."""
+    external = [*plan.tensors, *plan.shared]
+    for planned in external:
         for value in planned.values:
             value.const_value = ir.ExternalTensor(
-                WEIGHTS_FILE,
+                planned.file,
                 planned.offset,
                 planned.nbytes,
                 planned.tensor.dtype,
@@ -124,29 +131,29 @@ def _external(plan: WeightsPlan) -> Iterator[None]:
     try:
         yield
     finally:
-        for planned in plan.tensors:
+        for planned in external:
             for value in planned.values:
                 value.const_value = planned.tensor
 
 
 def _check_names(names: Iterable[str]) -> None:
     for name in names:
-        if name in {MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE, "", ".", ".."} or "/" in name:
+        reserved = {MODEL_FILE, WEIGHTS_FILE, MANIFEST_FILE, "", ".", ".."}
+        if name in reserved or "/" in name or name.startswith(SHARED_PREFIX):
             raise ValueError(f"{name!r} cannot be the name of a further file of an artifact")
 
 
 def _needed_bytes(plan: WeightsPlan, contents: Iterable[bytes], copies: Iterable[Path]) -> int:
-    tensors = sum(1 for _ in plan.tensors)
     copied = 0
     for source in copies:
         with reported(f"{source}: cannot be read"):
             copied += source.stat().st_size
-    return plan.total_bytes + sum(map(len, contents)) + copied + manifest_reserve(tensors)
+    return plan.total_bytes + sum(map(len, contents)) + copied + manifest_reserve(plan)
 
 
-def manifest_reserve(tensors: int) -> int:
-    """Bytes of disk that are kept for the manifest of an artifact with so many tensors."""
-    return _MANIFEST_BYTES + tensors * _MANIFEST_LINE_BYTES
+def manifest_reserve(plan: WeightsPlan) -> int:
+    """Bytes of disk that are kept for the manifest."""
+    return _MANIFEST_BYTES + _MANIFEST_LINE_BYTES * len([*plan.tensors, *plan.shared])
 
 
 def _allocated(path: Path) -> int:

@@ -61,4 +61,5 @@ def _left_over(out: Path) -> int:
     """Bytes on disk of what an interrupted run on this output left, which the next one removes or continues."""
     real = Path(os.path.realpath(out))
     room = real.parent / f".{real.name}.partial" / "artifact"
-    return sum(path.lstat().st_blocks * 512 for path in room.iterdir()) if room.is_dir() else 0
+    left = [path.lstat() for path in room.iterdir()] if room.is_dir() else []
+    return sum(status.st_blocks * 512 for status in left if status.st_nlink == 1)  # a file of the checkpoint has more

@@ -40,20 +40,20 @@ class TimePlan:
             ``scales`` for scales that lie apart from their values and are computed by themselves.
         rates: Elements computed and written a second, likewise, measured on one thread.
         jobs: How many threads compute.
-        written_bytes: Bytes of weights, each digested twice by one thread: for its tensor and for the file.
+        weight_bytes: Bytes of weights, written or shared, digested twice by one thread: for a tensor and for its file.
         digest_rate: Bytes digested a second, measured.
     """
 
     elements: Mapping[str, int]
     rates: Mapping[str, float]
     jobs: int
-    written_bytes: int
+    weight_bytes: int
     digest_rate: float
 
     @property
     def seconds(self) -> float:
         """Of the whole conversion."""
-        digests = 2 * self.written_bytes / self.digest_rate
+        digests = 2 * self.weight_bytes / self.digest_rate
         work = sum(n / self.rates[work] for work, n in self.elements.items())
         return max(digests, (work + digests) / self.jobs)
 
@@ -101,7 +101,8 @@ def estimate_time(plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, jobs: 
     budget = SECONDS / (len(elements) + 0.2)
     with _scratch(folder) as descriptor:
         rates = {work: _rate(largest[work], descriptor, budget) for work in elements}
-    return TimePlan(elements, rates, jobs, plan.written_bytes, _digest_rate(budget / 5))
+    weights = plan.written_bytes + sum(planned.nbytes for planned in plan.shared)
+    return TimePlan(elements, rates, jobs, weights, _digest_rate(budget / 5))
 
 
 def _by_work(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:

@@ -12,6 +12,7 @@ from l4convert.graph_passes import PassReport
 from l4convert.planning.disk import DiskPlan
 from l4convert.planning.estimate import TimePlan
 from l4convert.planning.memory import MemoryPlan
+from l4convert.planning.sharing import SharingPlan
 from l4convert.planning.tensors import KINDS, TensorPlan
 
 
@@ -27,6 +28,7 @@ class ConversionPlan:
         passes: One report for each pass that ran.
         table: Every weight of the artifact.
         files: File name to bytes, of all files but the manifest, which holds digests of the others.
+        sharing: What stays in files of the checkpoint, where that was asked for; those are not among ``files``.
         time: None where it was not measured.
     """
 
@@ -41,6 +43,7 @@ class ConversionPlan:
     passes: tuple[PassReport, ...]
     table: tuple[TensorPlan, ...]
     files: Mapping[str, int]
+    sharing: SharingPlan | None
     disk: DiskPlan
     memory: MemoryPlan
     time: TimePlan | None

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.checkpoint.parameters import ROUTED
-from l4convert.emit.plan import WEIGHTS_FILE, PlannedTensor, WeightsPlan
+from l4convert.emit.plan import PlannedTensor, WeightsPlan
 from l4convert.emit.write import MODEL_FILE
 from l4convert.quantization.recipe import Recipe, Scheme
 
@@ -58,10 +58,11 @@ class TensorPlan:
 
 
 def tensor_plans(model: ir.Model, plan: WeightsPlan, recipe: Recipe) -> Iterator[TensorPlan]:
-    """The tensors of the weights file in file order, then the weights that are small enough to lie in model.onnx."""
-    for planned in plan.tensors:
-        yield _row(planned.name, planned.tensor, recipe, planned.nbytes, WEIGHTS_FILE, planned.offset)
-    placed = {id(planned.tensor) for planned in plan.tensors}
+    """The tensors of the weights file in file order, those in shared files, then those that lie in model.onnx."""
+    outside = [*plan.tensors, *plan.shared]
+    for planned in outside:
+        yield _row(planned.name, planned.tensor, recipe, planned.nbytes, planned.file, planned.offset)
+    placed = {id(planned.tensor) for planned in outside}
     for graph in model.graphs():
         for name, value in graph.initializers.items():
             tensor = value.const_value

@@ -42,6 +42,7 @@ SCHEMA: dict[str, Any] = {
     "tensor_count": int,
     "kinds": [{"kind": str, "tensors": int, "bytes": int}],
     "files": dict,
+    "shared": type(None),
     "disk": {"needed_bytes": int, "folder": str, "free_bytes": int, "missing_bytes": int},
     "memory": {
         "peak_bytes": int,

@@ -26,14 +26,14 @@ def test_all_parameters_are_in_the_work(target: str):
     assert sum(values.values()) == plan.parameters
     assert plan.time.rates.keys() == plan.time.elements.keys()
     assert all(rate > 0 for rate in plan.time.rates.values())
-    assert plan.time.written_bytes == pytest.approx(plan.bytes, rel=1e-3)
+    assert plan.time.weight_bytes == pytest.approx(plan.bytes, rel=1e-3)
 
 
 def test_seconds_are_work_over_rates():
     work = {"none": 100, "int4": 30}, {"none": 50.0, "int4": 3.0}
-    assert TimePlan(*work, jobs=1, written_bytes=200, digest_rate=100.0).seconds == 2 + 10 + 4
-    assert TimePlan(*work, jobs=2, written_bytes=200, digest_rate=100.0).seconds == 8
-    assert TimePlan(*work, jobs=64, written_bytes=200, digest_rate=100.0).seconds == 4  # one thread digests
+    assert TimePlan(*work, jobs=1, weight_bytes=200, digest_rate=100.0).seconds == 2 + 10 + 4
+    assert TimePlan(*work, jobs=2, weight_bytes=200, digest_rate=100.0).seconds == 8
+    assert TimePlan(*work, jobs=64, weight_bytes=200, digest_rate=100.0).seconds == 4  # one thread digests
 
 
 @pytest.mark.parametrize("preset", ["scout", "maverick"])
