@@ -32,6 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llama_environment import REQUIREMENTS
 from measuring import Run, Unavailable, evict, remove, run, size_of, warm
 from table import Row, as_json, markdown, with_sums
 from workloads import (
@@ -65,12 +66,14 @@ def main() -> int:
         except Unavailable as error:
             print(f"error: {error}", file=sys.stderr)
             return 3
+        described = machine()
         print(f"{source.parameters:,} parameters, {source.bytes / 1e9:.3f} GB in {len(source.files)} file(s); "
-              f"{describe_machine()}\n", flush=True)  # fmt: skip
+              f"{described['cpu']}, {described['cores']} cores, {described['memory_bytes'] / 1e9:.0f} GB, "
+              f"load {described['load']:.2f} before the start\n", flush=True)  # fmt: skip
         rows = with_sums(measure_all(list(workloads(options, source, scratch)), source, options.repeat))
     print(markdown(rows))
     if options.json:
-        options.json.write_text(json.dumps(result(options, source, rows), indent=2) + "\n")
+        options.json.write_text(json.dumps(result(options, source, rows, described), indent=2) + "\n")
     failed = [row for row in rows if row.group == OURS and row.missing and not row.missing.startswith("skipped")]
     return 1 if failed else 0
 
@@ -162,17 +165,28 @@ def say(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def describe_machine() -> str:
-    load = os.getloadavg()[0]
-    return f"{platform.machine()}, {os.cpu_count()} cores, load {load:.2f} before the start"
+def machine() -> dict[str, Any]:
+    """What the numbers depend on; a load near 0 says that nothing else ran."""
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": cpu.partition(": ")[2] or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "requirements_llama": [line for line in REQUIREMENTS.read_text().splitlines() if "==" in line],
+    }
 
 
-def result(options: argparse.Namespace, source: Source, rows: Sequence[Row]) -> dict[str, Any]:
+def result(
+    options: argparse.Namespace, source: Source, rows: Sequence[Row], described: dict[str, Any]
+) -> dict[str, Any]:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     hidden = ("json", "scratch", "checkpoint")  # folders of one machine say nothing to another
     return {
         "schema": "l4convert.conversions/1",
-        "machine": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": described,
         "options": {key: value for key, value in settings.items() if key not in hidden},
         "checkpoint": {"parameters": source.parameters, "bytes": source.bytes, "files": len(source.files)},
         "rows": [as_json(row, rows) for row in rows],
@@ -180,4 +194,7 @@ def result(options: argparse.Namespace, source: Source, rows: Sequence[Row]) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -21,6 +21,7 @@ from measuring import Unavailable, remove
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parent / ".venv-llama"
+STAMP = FOLDER / ".installed"
 REQUIREMENTS = HERE / "requirements-llama.txt"
 PACKAGE = "llama-cpp-python"
 # GGML_NATIVE is the default of llama.cpp's own builds: all instructions that this processor has. No image models.
@@ -42,18 +43,25 @@ def llama() -> Llama:
     Raises:
         Unavailable: It could not be made: no network, no compiler.
     """
-    wanted = f"{sys.version}\n{BUILD}\n{REQUIREMENTS.read_text()}"
-    stamp = FOLDER / ".installed"
     with REQUIREMENTS.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # runs beside each other make it once
-        if not stamp.is_file() or stamp.read_text() != wanted:
+        if not ready():
             install()
-            stamp.write_text(wanted)
+            STAMP.write_text(wanted())
     pins = dict(line.split("==") for line in REQUIREMENTS.read_text().splitlines() if "==" in line)
     source = next((FOLDER / "source").glob("*/vendor/llama.cpp"), None)
     if source is None:
         raise Unavailable(f"the source distribution of {PACKAGE} has no vendor/llama.cpp")
     return Llama(FOLDER / "bin" / "python", source, pins[PACKAGE])
+
+
+def ready() -> bool:
+    """Whether the environment is there, and made as it would be made now."""
+    return STAMP.is_file() and STAMP.read_text() == wanted()
+
+
+def wanted() -> str:
+    return f"{sys.version}\n{BUILD}\n{REQUIREMENTS.read_text()}"
 
 
 def install() -> None:

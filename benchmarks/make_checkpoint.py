@@ -56,7 +56,7 @@ def main() -> int:
     except L4Error as error:
         hint = f"\nhint: {error.hint}" if error.hint else ""
         print(f"error: {error.message}{hint}", file=sys.stderr)
-        return error.exit_code
+        return int(error.exit_code)
     count = sum(prod(shape) for shape in expected_tensors(config, options.experts).values())
     files = len(list(options.output.glob("*.safetensors")))
     content = "holes" if options.sparse else "random weights"

@@ -3,9 +3,8 @@
     python benchmarks/peer_onnxruntime.py CKPT --block-size 32
 
 The sample: every matrix of the first layer, of its experts the first. Each becomes the constant of a MatMul in a model
-of its own, in float32, as the quantizer takes no BF16, and goes through ``MatMulNBitsQuantizer`` (4 bits, symmetric).
-Only that is timed: not reading, not the conversion to float32, not writing. Prints one JSON object: seconds and
-parameters.
+of its own, in float32, in which a CPU computes, and goes through ``MatMulNBitsQuantizer`` (4 bits, symmetric). Only
+that is timed: not reading, not the conversion to float32, not writing. Prints one JSON object: seconds and parameters.
 """
 
 from __future__ import annotations
