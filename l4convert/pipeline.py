@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import expected_tensors
 from l4convert.checkpoint.parameters import parameter_counts
 from l4convert.checkpoint.presets import preset_checkpoint
-from l4convert.emit import check_destination, source_digests, write_artifact
+from l4convert.emit import Filling, check_destination, source_digests, write_artifact
+from l4convert.emit.memory import parse_size
 from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan, plan_weights
 from l4convert.emit.write import MODEL_FILE, manifest_reserve, serialize_model
 from l4convert.errors import InputError, UsageError
@@ -45,7 +47,10 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class _HowOptions:
-    """How a checkpoint is converted, whether it is done or only planned."""
+    """How a checkpoint is converted, whether it is done or only planned.
+
+    ``jobs`` and ``memory_limit`` (as "4G") change how fast the artifact is written, not one byte of it.
+    """
 
     target: str = "cpu"
     recipe: str = "int4"
@@ -53,6 +58,9 @@ class _HowOptions:
     kv_cache: str = "growing"
     verify_passes: bool = False
     overwrite: bool = False
+    restart: bool = False
+    jobs: int | None = None
+    memory_limit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class ConvertResult:
     Attributes:
         passes: One report for each pass that ran, in order.
         bytes, tensors: Size and number of the tensors in the weights file.
+        resumed_bytes: How many of the bytes an earlier run had written.
         seconds: Wall time of the whole conversion.
     """
 
@@ -89,6 +98,7 @@ class ConvertResult:
     passes: tuple[PassReport, ...]
     bytes: int
     tensors: int
+    resumed_bytes: int
     seconds: float
 
 
@@ -141,13 +151,17 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
     """Convert a checkpoint into an artifact.
 
     Raises:
-        UsageError: Unknown target, recipe or cache form, or an output folder that is in use.
-        InputError: The checkpoint or recipe is not usable, or the disk is not large enough.
+        UsageError: Unknown target, recipe or cache form, an output folder that is in use or holds an unfinished run of
+            other options, or a memory limit that is too small.
+        InputError: The checkpoint or recipe is not usable, the checkpoint changed since an unfinished run, or the disk
+            is not large enough.
         CheckFailed: ``verify_passes`` was asked for and a pass changed what the graph computes.
     """
     start = time.monotonic()
+    filling = _filling(options)
     conversion = _Conversion(options, progress)
     checkpoint = conversion.checkpoint
+    resumed: list[int] = []
     write_artifact(
         conversion.model,
         options.output,
@@ -157,6 +171,9 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         overwrite=options.overwrite,
         progress=progress,
         checkpoint=checkpoint.path,
+        sources=checkpoint.files,
+        filling=filling,
+        on_resumed=resumed.append,
     )
     return ConvertResult(
         output=options.output,
@@ -166,6 +183,7 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         passes=conversion.reports,
         bytes=sum(tensor.nbytes for tensor in conversion.plan.tensors),
         tensors=sum(1 for _ in conversion.plan.tensors),
+        resumed_bytes=sum(resumed),
         seconds=time.monotonic() - start,
     )
 
@@ -189,7 +207,8 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
     files = _planned_files(conversion)
     table = tuple(tensor_plans(conversion.model, weights, conversion.recipe))
     parameters, active = parameter_counts(checkpoint.config, checkpoint.tensors)
-    memory = plan_memory(weights, conversion.recipe)  # before the measurement, which takes memory of its own
+    # Before the measurement, which takes memory of its own.
+    memory = plan_memory(weights, conversion.recipe, _filling(options), _source_bytes(checkpoint))
     return ConversionPlan(
         source=str(checkpoint.path),
         parameters=parameters,
@@ -204,7 +223,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         files=files,
         disk=plan_disk(sum(files.values()) + manifest_reserve(sum(1 for _ in weights.tensors)), options.output),
         memory=memory,
-        time=_estimate(conversion) if measure else None,
+        time=_estimate(conversion, memory.jobs) if measure else None,
     )
 
 
@@ -219,17 +238,22 @@ def _planned_files(conversion: _Conversion) -> dict[str, int]:
     return files | {name: len(text.encode()) for name, text in written.items()}
 
 
+def _filling(options: _HowOptions) -> Filling:
+    limit = None if options.memory_limit is None else parse_size(options.memory_limit)
+    return Filling(options.jobs, limit, options.restart)
+
+
 def _source_bytes(checkpoint: Checkpoint) -> int:
     return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
 
-def _estimate(conversion: _Conversion) -> TimePlan | None:
+def _estimate(conversion: _Conversion, jobs: int) -> TimePlan | None:
     """None where the disk does not take even the measurement."""
     out = conversion.options.output
     folder = None if out is None else existing_parent(out)
-    source_bytes = _source_bytes(conversion.checkpoint)
+    threads = max(1, min(jobs, len(os.sched_getaffinity(0))))
     try:
-        return estimate_time(conversion.plan, conversion.sample(), conversion.recipe, source_bytes, folder)
+        return estimate_time(conversion.plan, conversion.sample(), conversion.recipe, threads, folder)
     except OSError:
         return None
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.checkpoints import MAVERICK, write_random_checkpoint
 
 REPO = Path(__file__).resolve().parent.parent
+
+# How long something takes is measured in benchmarks/; on a busy machine it must not fail a test.
+hypothesis.settings.register_profile(
+    "l4convert", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("l4convert")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,17 @@ class LazyTensor(ir.TensorProtocol):
     @abstractmethod
     def sources(self) -> tuple[str, ...]:
         """Names of the checkpoint tensors it is computed from."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The checkpoint's files that hold those."""
+        return ()
+
+    @property
+    def origin(self) -> str:
+        """The first of them, as an error names it: "model-00001.safetensors: tensor 'a.weight'"."""
+        name = f"tensor {(self.sources or (self.name or 'without a name',))[0]!r}"
+        return f"{self.files[0].name}: {name}" if self.files else name
 
     @abstractmethod
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
@@ -200,6 +212,10 @@ class Derived(LazyTensor):
     @property
     def sources(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.sources))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
 
 
 class Transposed(Derived):

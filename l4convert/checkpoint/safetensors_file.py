@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.pages import read_tile
 from l4convert.checkpoint.text import parse_object, quote, require_file, show
 from l4convert.errors import InputError
 
@@ -81,11 +82,21 @@ class Stored(LazyTensor):
     def sources(self) -> tuple[str, ...]:
         return (self.key,)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,)
+
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         if not self.size:
             return np.empty(self.matrix, self.dtype.numpy())[batch, rows, cols]
-        whole: np.ndarray = np.ndarray(self.matrix, self.dtype.numpy(), buffer=_mapped(self._state), offset=self.offset)
-        return whole[batch, rows, cols]
+        file = _mapped(self._state)
+        offset = self.offset + batch * (self.nbytes // self.matrix[0])
+        matrix: np.ndarray = np.ndarray(self.matrix[1:], self.dtype.numpy(), buffer=file.data, offset=offset)
+        try:
+            return read_tile(file, matrix, rows, cols)
+        except OSError as error:
+            message = f"{show(self._state.path)}: tensor '{show(self.key)}': cannot be read: {error.strerror}"
+            raise InputError(message, "check the disk, or download the file again") from error
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
@@ -181,13 +192,13 @@ def _check_coverage(path: Path, entries: list[_Entry], size: int) -> None:
 
 
 @lru_cache(maxsize=MAX_OPEN_FILES)
-def _mapped(state: _FileState) -> mmap.mmap:
-    """The file's bytes, read-only. A mapping dropped from the cache lives on as long as an array looks into it."""
+def _mapped(state: _FileState) -> np.ndarray:
+    """The file's bytes, uint8; read-only. One dropped from the cache lives on as long as an array looks into it."""
     try:
         with Path(state.path).open("rb") as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != (state.size, state.modified_ns):
                 raise InputError(f"{show(state.path)}: changed since it was opened", "start again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise InputError(f"{show(state.path)}: cannot be read: {show(error.strerror)}") from error

@@ -48,6 +48,8 @@ def plan_payload(plan: ConversionPlan, tensors: bool) -> dict[str, Any]:
             "peak_bytes": memory.peak,
             "process_bytes": memory.process,
             "tile_bytes": memory.tile,
+            "pages_bytes": memory.pages,
+            "jobs": memory.jobs,
             "largest_tile": {"tensor": memory.tensor, "rows": memory.rows},
             "method": METHOD,
         },
@@ -65,7 +67,8 @@ def _time_payload(time: TimePlan) -> dict[str, Any]:
             {"scheme": scheme, "elements": n, "elements_per_second": round(time.rates[scheme])}
             for scheme, n in time.elements.items()
         ],
-        "source_digest": {"bytes": time.source_bytes, "bytes_per_second": round(time.digest_rate)},
+        "jobs": time.jobs,
+        "digest": {"bytes": 2 * time.written_bytes, "bytes_per_second": round(time.digest_rate)},
     }
 
 
@@ -86,7 +89,8 @@ def plan_text(plan: ConversionPlan, tensors: bool, verbose: bool) -> str:
 
 def _summary(plan: ConversionPlan) -> str:
     active = f"{count(plan.active_parameters)} active per token"
-    tile = f"{size(plan.memory.process)} for the program and graph, {size(plan.memory.tile)} for the largest tile"
+    memory = plan.memory
+    tiles = f"{memory.jobs} x {size(memory.tile)} tiles, {size(memory.pages)} of mapped source"
     return fields(
         [
             ("would convert", plan.source),
@@ -97,7 +101,7 @@ def _summary(plan: ConversionPlan) -> str:
             ("KV cache", plan.kv_cache),
             ("size", f"{size(plan.bytes)} in {plan.tensors:,} tensors"),
             ("disk", _disk(plan)),
-            ("memory", f"{size(plan.memory.peak)} expected: {tile}"),
+            ("memory", f"{size(memory.peak)} expected: {size(memory.process)} program and graph, {tiles}"),
             ("time", _time(plan)),
         ]
     )
@@ -149,6 +153,9 @@ def _methods(plan: ConversionPlan) -> str:
     if plan.time is not None:
         work = [f"{n:,} elements {scheme} at {plan.time.rates[scheme]:,.0f}/s" for scheme, n in
                 plan.time.elements.items()]  # fmt: skip
-        digest = f"{plan.time.source_bytes:,} source bytes digested at {plan.time.digest_rate:,.0f}/s"
-        lines.append(f"time: {' + '.join([*work, digest])}; reading from a cold disk may take longer")
+        digest = f"2 x {plan.time.written_bytes:,} bytes digested at {plan.time.digest_rate:,.0f}/s"
+        lines.append(
+            f"time: ({' + '.join([*work, digest])}) on {plan.time.jobs} cores, but no less than the digests, which take"
+            " one; reading from a cold disk may take longer"
+        )
     return "\n".join(lines)

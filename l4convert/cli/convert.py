@@ -32,12 +32,18 @@ Examples:
 @click.option("--verify-passes", is_flag=True, help="Run the graph before and after each pass and compare.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan (`l4convert plan`); write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already at OUT.")
+@click.option("--restart", is_flag=True, help="Discard what an unfinished run left at OUT; else it is continued.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N",
+              help="Blocks of weights to convert at once.  [default: the number of cores]")  # fmt: skip
+@click.option("--memory-limit", metavar="SIZE",
+              help="Most memory to use, as 4G or 512M.  [default: a quarter of the machine's]")  # fmt: skip
 @global_options
 @click.pass_context
 def command(ctx: click.Context, /, *, dry_run: bool, **values: Any) -> None:
     """Convert the checkpoint in folder CKPT into an ONNX artifact.
 
-    Everything is checked before anything is written, and OUT appears only when it is complete.
+    Everything is checked before anything is written, and OUT appears only when it is complete. After a run that was
+    killed, interrupted or stopped by a full disk, the same command goes on where it ended.
     """
     from l4convert.pipeline import ConvertOptions, convert, plan_conversion
 
@@ -62,6 +68,7 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "passes": passes_payload(result.passes),
         "bytes": result.bytes,
         "tensors": result.tensors,
+        "resumed_bytes": result.resumed_bytes,
         "seconds": round(result.seconds, 3),
     }
 
@@ -72,6 +79,7 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
         [
             ("wrote", result.output),
             ("size", f"{size(result.bytes)} in {result.tensors:,} tensors"),
+            *([("resumed", f"{size(result.resumed_bytes)} written by an earlier run")] if result.resumed_bytes else []),
             ("time", f"{result.seconds:.1f} s"),
             ("target", result.target),
             ("recipe", result.recipe),

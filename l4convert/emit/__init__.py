@@ -1,8 +1,17 @@
 """Write models as artifacts (graph, weights, manifest), and check them."""
 
+from l4convert.emit.fill import Filling
 from l4convert.emit.manifest import read_manifest, source_digests
 from l4convert.emit.staging import check_destination
 from l4convert.emit.verify import VerifyReport, verify_artifact
 from l4convert.emit.write import write_artifact
 
-__all__ = ["VerifyReport", "check_destination", "read_manifest", "source_digests", "verify_artifact", "write_artifact"]
+__all__ = [
+    "Filling",
+    "VerifyReport",
+    "check_destination",
+    "read_manifest",
+    "source_digests",
+    "verify_artifact",
+    "write_artifact",
+]

@@ -26,6 +26,32 @@ class RegionDigest:
         self._file = hashlib.sha256()
         self._position = 0
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
+        self._region: hashlib._Hash | None = None
+
+    def begin(self, start: int) -> None:
+        """Begin a region; what was skipped since the last one counts for the file.
+
+        Raises:
+            OSError: The file ends before ``start``, or cannot be read.
+            ValueError: ``start`` lies before the end of the last region.
+        """
+        if start < self._position:
+            raise ValueError("regions must come in file order")
+        self._read(start, None)
+        self._region = hashlib.sha256()
+
+    def extend(self, stop: int) -> None:
+        """Digest the region's bytes up to ``stop``.
+
+        Raises:
+            OSError: The file ends before ``stop``, or cannot be read.
+        """
+        self._read(stop, self._region)
+
+    def end(self) -> str:
+        """SHA-256 of the region as far as it was extended."""
+        assert self._region is not None
+        return self._region.hexdigest()
 
     def region(self, start: int, stop: int) -> str:
         """SHA-256 of the bytes from ``start`` to ``stop``; what was skipped since the last region counts for the file.
@@ -34,12 +60,9 @@ class RegionDigest:
             OSError: The file ends before ``stop``, or cannot be read.
             ValueError: ``start`` lies before the end of the last region.
         """
-        if start < self._position:
-            raise ValueError("regions must come in file order")
-        self._read(start, None)
-        digest = hashlib.sha256()
-        self._read(stop, digest)
-        return digest.hexdigest()
+        self.begin(start)
+        self.extend(stop)
+        return self.end()
 
     def whole(self, size: int) -> str:
         """SHA-256 of the file's first ``size`` bytes; asked once, at the end.

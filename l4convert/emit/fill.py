@@ -1,16 +1,17 @@
-"""Fill the weights file: every tensor at its planned offset, digested in file order by a thread that follows.
+"""Fill the weights file: independent jobs write their blocks at planned offsets, a thread that follows digests them.
 
-Where a tensor's bytes go depends on the plan alone, so tensors may be written in any order. The follower reads them
-back (from the page cache, where they just were), hence what it digests is what the file holds.
+Where a block goes depends on the plan alone, so any number of jobs may run at once, in any order, on any day.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import LazyTensor
-from l4convert.emit.digest import RegionDigest
-from l4convert.emit.plan import PlannedTensor, WeightsPlan, group_chunks
+from l4convert.checkpoint.pages import PageBudget
+from l4convert.emit.digest import BLOCK_BYTES
+from l4convert.emit.follow import Follower
+from l4convert.emit.jobs import Job, Piece, count_jobs, group_jobs, plan_jobs
+from l4convert.emit.journal import Journal, new_digest
+from l4convert.emit.memory import default_limit, share_memory
+from l4convert.emit.plan import PlannedTensor, WeightsPlan
+from l4convert.emit.pool import run_jobs
 from l4convert.emit.staging import os_error, reported
 from l4convert.errors import InputError
 from l4convert.progress import NO_PROGRESS, Progress, Task
@@ -38,40 +45,73 @@ _NOT_FINITE: dict[ir.DataType, tuple[str, int]] = {
 _CACHED_ELEMENTS = 1 << 16
 
 
-def write_weights(
-    path: Path, plan: WeightsPlan, progress: Progress = NO_PROGRESS
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Write a new weights file as planned, in bounded memory.
+@dataclass(frozen=True)
+class Filling:
+    """How to fill.
 
-    Returns:
-        Its entry in the manifest, and the entries of its tensors by name.
+    Attributes:
+        jobs: How many jobs run at once; None: one for each core this process may use.
+        memory_limit: Bytes that this process may hold; None: a quarter of the machine's memory.
+        restart: Discard what another run left, instead of going on from it.
+    """
+
+    jobs: int | None = None
+    memory_limit: int | None = None
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What was written.
+
+    Attributes:
+        file: The weights file's entry in the manifest.
+        tensors: The entries of its tensors by name.
+        resumed_bytes: How many bytes an earlier run had written.
+    """
+
+    file: dict[str, Any]
+    tensors: dict[str, dict[str, Any]]
+    resumed_bytes: int
+
+
+def write_weights(
+    path: Path,
+    plan: WeightsPlan,
+    progress: Progress = NO_PROGRESS,
+    filling: Filling | None = None,
+    journal: Journal | None = None,
+) -> Filled:
+    """Write the weights file as planned, in bounded memory; the bytes do not depend on ``filling``.
+
+    Args:
+        path: The file; made, or continued where ``journal`` knows of finished jobs.
+        plan: What goes into it.
+        progress: Told of every byte, also of those that an earlier run wrote, when they are found right.
+        filling: Threads and memory.
+        journal: Where finished jobs are recorded.
 
     Raises:
         InputError: The disk is full or fails, a source cannot be read, or a weight is NaN or infinite.
+        UsageError: The memory limit is too small for this plan.
     """
+    filling = filling or Filling()
+    largest = max((next(group_jobs(group, 0)).memory for group in plan.groups), default=0)
+    share = share_memory(filling.memory_limit or default_limit(), largest)
     with reported(f"{path.name}: cannot be created"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    follower = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
-    digest = RegionDigest(descriptor)
-    pending: dict[str, Future[str]] = {}
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         with progress.task("Writing weights", total=plan.written_bytes, unit="B") as task:
             with reported(f"{path.name}: cannot be written"):
                 os.ftruncate(descriptor, plan.total_bytes)  # the gaps between tensors read as zeros
             file = _File(path, descriptor, plan.written_bytes, task)
-            file.write(0, plan.header, "header")
-            for group in plan.groups:
-                _fill(file, group)
-                for planned in group:
-                    stop = planned.offset + planned.nbytes
-                    pending[planned.name] = follower.submit(digest.region, planned.offset, stop)
-            with reported(f"{path.name}: cannot be read back"):
-                tensors = {t.name: _entry(t, pending[t.name].result()) for t in plan.tensors}
-                whole = follower.submit(digest.whole, plan.total_bytes).result()
+            with contextlib.closing(PageBudget(share.pages)) as pages:
+                filler = _Filler(file, plan, journal, pages)
+                tensors, whole = filler.fill(filling.jobs or len(os.sched_getaffinity(0)), share.jobs)
     finally:
-        follower.shutdown(cancel_futures=True)
         os.close(descriptor)
-    return {"bytes": plan.total_bytes, "sha256": whole}, tensors
+    entries = {t.name: _entry(t, tensors[t.name]) for t in plan.tensors}
+    return Filled({"bytes": plan.total_bytes, "sha256": whole}, entries, filler.resumed_bytes)
 
 
 def check_finite(tensor: ir.TensorProtocol) -> None:
@@ -81,7 +121,7 @@ def check_finite(tensor: ir.TensorProtocol) -> None:
         InputError: Names the tensor and how many of its values are NaN or infinite.
     """
     if _is_weight(tensor):
-        _raise_unless_finite(tensor, count_not_finite(tensor.tobytes(), tensor.dtype))
+        _raise_unless_finite(tensor, count_not_finite(tensor.tobytes(), tensor.dtype), tensor.size)
 
 
 def count_not_finite(data: bytes, dtype: ir.DataType) -> int:
@@ -100,63 +140,147 @@ def count_not_finite(data: bytes, dtype: ir.DataType) -> int:
 
 
 class _File:
-    """The file being filled: writes at offsets, and knows how much is still to come."""
+    """The file being filled: reads and writes at offsets, and knows how much is still to come."""
 
     def __init__(self, path: Path, descriptor: int, total: int, task: Task) -> None:
-        self._path = path
-        self._descriptor = descriptor
+        self.path = path
+        self.descriptor = descriptor
         self._remaining = total
         self._task = task
+        self._lock = threading.Lock()
 
     def write(self, offset: int, data: bytes, what: str) -> None:
         view = memoryview(data)
         try:
             while view:
-                written = os.pwrite(self._descriptor, view, offset)
+                written = os.pwrite(self.descriptor, view, offset)
                 offset += written
-                self._remaining -= written
                 view = view[written:]
         except OSError as error:
             raise self._error(what, error) from error
-        self._task.advance(len(data))
+
+    def digest(self, pieces: tuple[Piece, ...]) -> bytes:
+        """Digest of the pieces' bytes as the file holds them; empty where it ends before them."""
+        digest = new_digest()
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        for piece in pieces:
+            position, stop = piece.offset, piece.offset + piece.nbytes
+            while position < stop:
+                count = os.preadv(self.descriptor, [buffer[: min(BLOCK_BYTES, stop - position)]], position)
+                if not count:
+                    return b""
+                digest.update(buffer[:count])
+                position += count
+        return digest.digest()
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._remaining -= nbytes
+        self._task.advance(nbytes)
 
     def _error(self, what: str, error: OSError) -> InputError:
-        label = f"{self._path.name}: {what}"
+        label = f"{self.path.name}: {what}"
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             return os_error(f"{label}: cannot be written", error)
-        free = shutil.disk_usage(self._path.parent).free
+        free = shutil.disk_usage(self.path.parent).free
         return os_error(f"{label}: {self._remaining} bytes are still to be written, {free} are free", error)
 
 
-def _fill(file: _File, group: Sequence[PlannedTensor]) -> None:
-    written = dict.fromkeys((planned.name for planned in group), 0)
-    not_finite = dict(written)
-    for planned, offset, data in _computed(group):
-        if offset != written[planned.name] or offset + len(data) > planned.nbytes:
-            raise RuntimeError(f"{planned.name}: computed bytes do not follow each other at {offset}")
-        if _is_weight(planned.tensor):
-            not_finite[planned.name] += count_not_finite(data, planned.tensor.dtype)
-        file.write(planned.offset + offset, data, f"tensor {planned.name!r}")
-        written[planned.name] += len(data)
-    for planned in group:
-        if written[planned.name] != planned.nbytes:
-            raise RuntimeError(f"{planned.name}: computed {written[planned.name]} of {planned.nbytes} bytes")
-        _raise_unless_finite(planned.tensor, not_finite[planned.name])
+class _Filler:
+    """Runs the jobs of a plan on a file."""
+
+    def __init__(self, file: _File, plan: WeightsPlan, journal: Journal | None, pages: PageBudget) -> None:
+        self._file = file
+        self._plan = plan
+        self._journal = journal
+        self._pages = pages
+        self._follower: Follower | None = None
+        self._lock = threading.Lock()
+        self.resumed_bytes = 0
+
+    def fill(self, threads: int, memory: int) -> tuple[dict[str, str], str]:
+        """Run all jobs; SHA-256 of every tensor, and of the file."""
+        self._file.write(0, self._plan.header, "header")
+        self._file.advance(len(self._plan.header))
+        self._follower = Follower(self._file.descriptor, self._plan)
+        try:
+            self._follower.start()
+            with self._recording():
+                run_jobs(plan_jobs(self._plan), self._run, threads, memory)
+            with reported(f"{self._file.path.name}: cannot be read back"):
+                self._follower.done(sum(map(count_jobs, self._plan.groups)))
+                return self._follower.result()
+        finally:
+            self._follower.stop()
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Let the journal commit while the context lasts, and what is done also when it fails."""
+        if self._journal is None:
+            yield
+            return
+        try:
+            self._journal.start(self._file.descriptor)
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._journal.stop()
+            raise
+        with reported(f"{self._file.path.name}: cannot be written"):
+            self._journal.stop()
+
+    def _run(self, job: Job) -> None:
+        if self._is_written(job):
+            with self._lock:
+                self.resumed_bytes += job.nbytes
+        else:
+            digest = self._write(job)
+            if self._journal is not None:
+                with reported(f"{self._file.path.name}: cannot be written"):
+                    self._journal.record(job.index, digest, job.nbytes)
+        self._file.advance(job.nbytes)
+        assert self._follower is not None
+        with reported(f"{self._file.path.name}: cannot be read back"):
+            self._follower.done(job.index)
+
+    def _is_written(self, job: Job) -> bool:
+        """Whether an earlier run wrote the job's bytes and they are still what it wrote."""
+        recorded = None if self._journal is None else self._journal.digest(job.index)
+        if recorded is None:
+            return False
+        with contextlib.suppress(OSError):  # a block that cannot be read is written again
+            return self._file.digest(job.pieces) == recorded
+        return False
+
+    def _write(self, job: Job) -> bytes:
+        digest = new_digest()
+        for piece in job.pieces:
+            name = piece.planned.name
+            with reported(f"tensor {name!r}: its source cannot be read"), self._pages.job():
+                data = piece.compute()
+            if len(data) != piece.nbytes:
+                raise RuntimeError(f"{name}: computed {len(data)} bytes, not {piece.nbytes}, for row {piece.start}")
+            _check_piece(piece, data)
+            digest.update(data)
+            self._file.write(piece.offset, data, f"tensor {name!r}")
+        return digest.digest()
 
 
-def _computed(group: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, int, bytes]]:
-    with reported(f"tensor {group[0].name!r}: its source cannot be read"):
-        yield from group_chunks(group)
+def _check_piece(piece: Piece, data: bytes) -> None:
+    tensor = piece.planned.tensor
+    if _is_weight(tensor) and (count := count_not_finite(data, tensor.dtype)):
+        _raise_unless_finite(tensor, count, len(data) * 8 // tensor.dtype.bitwidth)
 
 
 def _is_weight(tensor: ir.TensorProtocol) -> bool:
     return isinstance(tensor, LazyTensor) and bool(tensor.sources)
 
 
-def _raise_unless_finite(tensor: ir.TensorProtocol, count: int) -> None:
+def _raise_unless_finite(tensor: ir.TensorProtocol, count: int, among: int) -> None:
     if count and isinstance(tensor, LazyTensor):
+        part = "" if among == tensor.size else " (in one block of it)"
         raise InputError(
-            f"tensor {tensor.sources[0]!r}: {count} of the {tensor.size} values written from it are NaN or infinite",
+            f"{tensor.origin}: {count} of the {among} values written from it{part} are NaN or infinite",
             hint="the checkpoint is damaged or was trained into overflow; no conversion of it can be right",
         )
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice, zip_longest
+from itertools import chain, count, islice
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.emit.header import Entry, align, encode_header, stored_as
 
 WEIGHTS_FILE = "model.safetensors"
@@ -86,38 +86,6 @@ def plan_weights(model: ir.Model) -> WeightsPlan:
     )
     groups = tuple(tuple(islice(placed, len(group))) for group in grouped.values())
     return WeightsPlan(header, groups, len(header) + (entries[-1].end if entries else 0))
-
-
-def group_chunks(group: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, int, bytes]]:
-    """The bytes of a group as ``(tensor, byte offset in the tensor, bytes)``, a few megabytes at a time.
-
-    The tensors of a group advance by the same rows, so that what they are computed from is read once.
-    """
-    rows = group_rows(group)
-    for step in zip_longest(*(_tensor_chunks(planned, rows) for planned in group)):
-        yield from (chunk for chunk in step if chunk is not None)
-
-
-def group_rows(group: Sequence[PlannedTensor]) -> int:
-    """How many rows of its tensors are computed at a time."""
-    return max(1, TILE_ELEMENTS // max(_width(planned.tensor) for planned in group))
-
-
-def _width(tensor: ir.TensorProtocol) -> int:
-    """The longest row that computing a row of the tensor passes through: what is packed was twice as long before."""
-    if not isinstance(tensor, LazyTensor):
-        return 1
-    parts = tensor.parts if isinstance(tensor, Derived) else ()
-    same_rows = [_width(part) for part in parts if part.matrix[:2] == tensor.matrix[:2]]
-    return max(tensor.matrix[2], *same_rows, 1)
-
-
-def _tensor_chunks(planned: PlannedTensor, rows: int) -> Iterator[tuple[PlannedTensor, int, bytes]]:
-    tensor = planned.tensor
-    if isinstance(tensor, LazyTensor):
-        yield from ((planned, offset, data) for offset, data in tensor.chunks(rows * max(1, tensor.matrix[2])))
-    else:
-        yield planned, 0, tensor.tobytes()
 
 
 def _entries(values: Sequence[ir.Value]) -> list[Entry]:

@@ -4,10 +4,11 @@ Beside ``OUT`` lives, while a run lasts, one folder::
 
     .OUT.partial/lock       held with flock by the running process; its text says which
     .OUT.partial/artifact   what becomes OUT
+    .OUT.partial/journal    which parts of it are written (:mod:`l4convert.emit.journal`)
     .OUT.partial/old        what was OUT, between the two renames of an overwriting run
 
-A killed run leaves that folder and nothing else; the next run on the same output clears it, first putting ``old`` back
-if the kill fell between the two renames.
+A run that was killed, interrupted, or stopped by a failing disk leaves that folder and nothing else; the next run on
+the same output goes on from it, first putting ``old`` back if a kill fell between the two renames.
 """
 
 from __future__ import annotations
@@ -25,15 +26,36 @@ from pathlib import Path
 from l4convert.errors import InputError, UsageError
 
 MANIFEST_FILE = "l4convert.json"
+JOURNAL_FILE = "journal"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Staging:
-    """A locked place to write to. ``folder`` becomes ``out`` when :meth:`publish` is called."""
+    """A locked place to write to. ``folder`` becomes ``out`` when :meth:`publish` is called.
+
+    Attributes:
+        keep: Whether what was not published when the context ends is left for another run to continue.
+    """
 
     room: Path
     folder: Path
     out: Path
+    keep: bool
+
+    @property
+    def journal(self) -> Path:
+        return self.room / JOURNAL_FILE
+
+    def clear(self) -> None:
+        """Forget what an earlier run left.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        self.keep = False
+        self.journal.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
 
     def publish(self) -> None:
         """Put the folder in place, after it and its files have reached the disk.
@@ -54,6 +76,7 @@ class Staging:
             if replaces:
                 old.rename(self.out)
             raise
+        self.keep = False
         sync(self.out.parent)
         if replaces:
             shutil.rmtree(old)
@@ -94,7 +117,9 @@ def _check_destination(out: Path, overwrite: bool, keep_clear_of: Sequence[Path]
 
 @contextmanager
 def staged(out: Path, overwrite: bool) -> Iterator[Staging]:
-    """Lock ``out`` and give an empty folder to fill; what was not published when the context ends is removed.
+    """Lock ``out`` and give a folder to fill: an empty one, or where ``keep`` is set, what an earlier run left.
+
+    What was not published when the context ends is removed, unless ``keep`` is set by then.
 
     Raises:
         UsageError: Another process is writing the same output, or ``out`` appeared meanwhile.
@@ -104,18 +129,20 @@ def staged(out: Path, overwrite: bool) -> Iterator[Staging]:
     with reported(f"{room}: cannot be created"):
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(room, out)
+    staging = Staging(room, room / "artifact", out, keep=(room / JOURNAL_FILE).exists())
     try:
         with reported(f"{room}: what a killed run left cannot be removed"):
-            _recover(room, out)
+            _recover(staging)
         check_destination(out, overwrite)
-        folder = room / "artifact"
-        with reported(f"{folder}: cannot be created"):
-            folder.mkdir()
-        yield Staging(room, folder, out)
+        with reported(f"{staging.folder}: cannot be created"):
+            staging.folder.mkdir(exist_ok=True)
+        yield staging
     finally:
-        shutil.rmtree(room / "artifact", ignore_errors=True)
+        if not staging.keep:
+            shutil.rmtree(staging.folder, ignore_errors=True)
+            staging.journal.unlink(missing_ok=True)
         (room / "lock").unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-        if not (room / "old").exists():
+        if not staging.keep and not (room / "old").exists():
             shutil.rmtree(room, ignore_errors=True)
         os.close(lock)
 
@@ -201,11 +228,18 @@ def _lock(room: Path, out: Path) -> int:
         os.close(descriptor)
 
 
-def _recover(room: Path, out: Path) -> None:
-    """Clear what a killed run left; an artifact that it was replacing goes back if nothing took its place yet."""
-    old = room / "old"
-    if old.exists() and not out.exists():
-        old.rename(out)
-    for stale in (old, room / "artifact"):
-        if stale.exists():
-            shutil.rmtree(stale)
+def _recover(staging: Staging) -> None:
+    """Clear what a killed run left and cannot be continued.
+
+    An artifact that it was replacing goes back if nothing took its place yet. Weights stay if they have a journal.
+    """
+    old = staging.room / "old"
+    if old.exists() and not staging.out.exists():
+        old.rename(staging.out)
+    if old.exists():
+        shutil.rmtree(old)
+    if not staging.folder.exists() or not staging.keep:
+        staging.keep = False
+        staging.journal.unlink(missing_ok=True)
+        if staging.folder.exists():
+            shutil.rmtree(staging.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import onnx_ir as ir
 
 from l4convert.emit.digest import BLOCK_BYTES, file_digest
-from l4convert.emit.fill import check_finite, write_weights
+from l4convert.emit.fill import Filling, check_finite, write_weights
+from l4convert.emit.identity import identify
 from l4convert.emit.manifest import build_manifest, encode_manifest
 from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan, plan_weights
+from l4convert.emit.resume import continued, open_journal
 from l4convert.emit.staging import MANIFEST_FILE, check_destination, check_free_disk, reported, staged
 from l4convert.progress import NO_PROGRESS, Progress
 
@@ -33,8 +35,14 @@ def write_artifact(
     overwrite: bool = False,
     progress: Progress = NO_PROGRESS,
     checkpoint: Path | None = None,
+    sources: Sequence[Path] = (),
+    filling: Filling | None = None,
+    on_resumed: Callable[[int], None] | None = None,
 ) -> Path:
     """Write ``model`` and its weights as a folder that appears whole or not at all.
+
+    A run that was stopped after it had written some weights (killed, interrupted, full disk, failing disk) leaves them
+    beside ``out``; calling this again with the same arguments goes on from there and ends with the same bytes.
 
     Args:
         model: Its initializers are lazy tensors, or small ones in memory. It is the same afterwards.
@@ -45,32 +53,44 @@ def write_artifact(
         overwrite: Replace an artifact, or an empty folder, that is there already.
         progress: Told of every byte of the weights file.
         checkpoint: The source folder, outside which ``out`` must lie; default: the sidecars' folders.
+        sources: Files that the weights come from; if one changed, what an earlier run left is not continued.
+        filling: Threads and memory, and whether to discard what an earlier run left.
+        on_resumed: Called at the end with how many bytes of weights an earlier run had written.
 
     Returns:
         The absolute path of the artifact.
 
     Raises:
-        UsageError: ``out`` exists, is no place for an artifact, or another process is writing it.
-        InputError: Too little free disk, an unreadable source, a weight that is NaN or infinite, or a failing disk.
+        UsageError: ``out`` exists, is no place for an artifact, or another process is writing it; what an earlier run
+            left is of other options; the memory limit is too small.
+        InputError: What an earlier run left is of another source; too little free disk, an unreadable source, a weight
+            that is NaN or infinite, or a failing disk.
     """
     out = Path(os.path.realpath(out))
-    sources = [path.parent for path in sidecars] if checkpoint is None else [checkpoint]
-    check_destination(out, overwrite, list(dict.fromkeys(sources)))
+    folders = [path.parent for path in sidecars] if checkpoint is None else [checkpoint]
+    check_destination(out, overwrite, list(dict.fromkeys(folders)))
     plan = plan_weights(model)
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in (extra_files or {}).items()}
     copies = {path.name: path for path in sidecars if path.name not in contents}
     _check_names([*contents, *copies])
     contents[MODEL_FILE] = serialize_model(model, plan)
+    filling = filling or Filling()
+    facts = identify(plan, contents, manifest or {}, sources)
     with staged(out, overwrite) as staging:
-        folder = staging.folder
-        check_free_disk(folder, _needed_bytes(plan, contents.values(), copies.values()))
-        weights, tensors = write_weights(folder / WEIGHTS_FILE, plan, progress)
-        files = {WEIGHTS_FILE: weights}
-        files |= {name: _write(folder / name, [content]) for name, content in contents.items()}
-        files |= {name: _write(folder / name, _blocks(source)) for name, source in copies.items()}
-        _write(folder / MANIFEST_FILE, [encode_manifest(build_manifest(manifest or {}, tensors, files))])
-        with reported(f"{out}: cannot be put in place"):
-            staging.publish()
+        folder, path = staging.folder, staging.folder / WEIGHTS_FILE
+        with open_journal(staging, plan, facts, filling.restart) as journal:
+            needed = _needed_bytes(plan, contents.values(), copies.values())
+            check_free_disk(folder, needed - _allocated(path))
+            with continued(staging, journal):
+                filled = write_weights(path, plan, progress, filling, journal)
+                files = {WEIGHTS_FILE: filled.file}
+                files |= {name: _write(folder / name, [content]) for name, content in contents.items()}
+                files |= {name: _write(folder / name, _blocks(source)) for name, source in copies.items()}
+                _write(folder / MANIFEST_FILE, [encode_manifest(build_manifest(manifest or {}, filled.tensors, files))])
+                with reported(f"{out}: cannot be put in place"):
+                    staging.publish()
+    if on_resumed is not None:
+        on_resumed(filled.resumed_bytes)
     return out
 
 
@@ -129,6 +149,11 @@ def manifest_reserve(tensors: int) -> int:
     return _MANIFEST_BYTES + tensors * _MANIFEST_LINE_BYTES
 
 
+def _allocated(path: Path) -> int:
+    """Bytes of disk that a file occupies; 0 where there is none."""
+    return path.stat().st_blocks * 512 if path.exists() else 0
+
+
 def _blocks(source: Path) -> Iterator[bytes]:
     """The content of a file; a failing source is told apart from a failing destination."""
     with reported(f"{source}: cannot be read"), source.open("rb") as file:
@@ -137,9 +162,9 @@ def _blocks(source: Path) -> Iterator[bytes]:
 
 
 def _write(path: Path, blocks: Iterable[bytes]) -> dict[str, Any]:
-    """Write a new file; returns its entry in the manifest."""
+    """Write a file; returns its entry in the manifest."""
     with reported(f"{path.name}: cannot be written"):
-        with path.open("xb") as file:
+        with path.open("wb") as file:
             for block in blocks:
                 file.write(block)
         size, digest = file_digest(path)

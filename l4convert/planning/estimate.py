@@ -19,7 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
-from l4convert.emit.plan import PlannedTensor, WeightsPlan, group_chunks
+from l4convert.emit.jobs import group_jobs
+from l4convert.emit.plan import PlannedTensor, WeightsPlan
 from l4convert.planning.tensors import SCALES, classify, group_elements
 from l4convert.quantization.recipe import Recipe
 
@@ -38,19 +39,23 @@ class TimePlan:
         elements: Elements of the checkpoint to be read, by what is done to them: the scheme's name, followed by
             ``scales`` for scales that lie apart from their values and are computed by themselves.
         rates: Elements computed and written a second, likewise, measured on one thread.
-        source_bytes: Bytes of the checkpoint, digested before the conversion.
+        jobs: How many threads compute.
+        written_bytes: Bytes of weights, each digested twice by one thread: for its tensor and for the file.
         digest_rate: Bytes digested a second, measured.
     """
 
     elements: Mapping[str, int]
     rates: Mapping[str, float]
-    source_bytes: int
+    jobs: int
+    written_bytes: int
     digest_rate: float
 
     @property
     def seconds(self) -> float:
         """Of the whole conversion."""
-        return self.source_bytes / self.digest_rate + sum(n / self.rates[work] for work, n in self.elements.items())
+        digests = 2 * self.written_bytes / self.digest_rate
+        work = sum(n / self.rates[work] for work, n in self.elements.items())
+        return max(digests, (work + digests) / self.jobs)
 
 
 class Noise(LazyTensor):
@@ -65,9 +70,10 @@ class Noise(LazyTensor):
         return (self.name or "",)
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
-        shape = (rows.stop - rows.start, cols.stop - cols.start)
-        size = shape[0] * shape[1]
-        return self._pool[:size].reshape(shape) if size <= self._pool.size else np.resize(self._pool, shape)
+        height, width = rows.stop - rows.start, cols.stop - cols.start
+        windows = np.lib.stride_tricks.sliding_window_view(self._pool, width)
+        step = min(width, (len(windows) - 1) // max(1, height - 1))  # rows overlap where the pool is too small
+        return windows[: step * (height - 1) + 1 : step] if step else windows[[0] * height]
 
 
 def noise_tensors(shapes: Mapping[str, Sequence[int]], dtype: ir.DataType) -> dict[str, LazyTensor]:
@@ -77,16 +83,14 @@ def noise_tensors(shapes: Mapping[str, Sequence[int]], dtype: ir.DataType) -> di
     return {name: Noise(name, shape, pool) for name, shape in shapes.items()}
 
 
-def estimate_time(
-    plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, source_bytes: int, folder: Path | None
-) -> TimePlan:
+def estimate_time(plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, jobs: int, folder: Path | None) -> TimePlan:
     """Measure the schemes of ``plan`` on tensors of ``sample``.
 
     Args:
         plan: What would be written; none of its tensors is read.
         sample: A plan for the same recipe and target whose tensors have random content (:func:`noise_tensors`).
         recipe: Says which tensors have which scheme.
-        source_bytes: Size of the checkpoint.
+        jobs: How many threads will compute; no more than there are cores.
         folder: Where to write; nothing is left there. Default: the system's folder for temporary files.
 
     Raises:
@@ -97,7 +101,7 @@ def estimate_time(
     budget = SECONDS / (len(elements) + 0.2)
     with _scratch(folder) as descriptor:
         rates = {work: _rate(largest[work], descriptor, budget) for work in elements}
-    return TimePlan(elements, rates, source_bytes, _digest_rate(budget / 5))
+    return TimePlan(elements, rates, jobs, plan.written_bytes, _digest_rate(budget / 5))
 
 
 def _by_work(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:
@@ -120,11 +124,12 @@ def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> f
     start = warm = time.perf_counter()
     total = sum(planned.nbytes for planned in group)
     done = done_warm = steps = 0
-    for planned, _, data in group_chunks(group):
+    for piece in (piece for job in group_jobs(group, 0) for piece in job.pieces):
+        data = piece.compute()
         _write(descriptor, done, data)
         done += len(data)
         now = time.perf_counter()
-        if planned is not group[-1] and now - start < 2 * budget:
+        if piece.planned is not group[-1] and now - start < 2 * budget:
             continue
         steps += 1
         if steps == 1:

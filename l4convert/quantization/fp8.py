@@ -6,6 +6,9 @@ mantissa bits, largest finite value 448, no infinities.
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -48,11 +51,16 @@ def to_e4m3(scaled: np.ndarray) -> np.ndarray:
 
 
 class _Quantizer:
-    """What the values and the scales of one weight share: the scales of the rows that were last asked for."""
+    """What the values and the scales of one weight share: the scales of the rows that were last asked for.
+
+    Blocks of rows are remembered by thread, since each thread asks for the values and then the scales of its own. All
+    rows of a matrix, which blocks of columns have in common, are remembered for every thread.
+    """
 
     def __init__(self, weight: LazyTensor) -> None:
         self.weight = weight
-        self._last: tuple[tuple[int, int, int], np.ndarray] | None = None
+        self._whole: deque[_Entry] = deque(maxlen=1)
+        self._computing = threading.Lock()
 
     def values(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         weight = self.weight.tile(batch, rows, cols)
@@ -65,11 +73,20 @@ class _Quantizer:
 
     def scales(self, batch: int, rows: slice, magnitude: np.ndarray | None = None) -> np.ndarray:
         """float32 [rows, 1]. Whole rows decide, so they are read here unless their largest magnitudes are given."""
-        key, last = (batch, rows.start, rows.stop), self._last
-        if last is None or last[0] != key:
-            last = (key, row_scales(self._magnitudes(batch, rows) if magnitude is None else magnitude))
-            self._last = last  # one assignment: another thread sees the old pair or the new one
-        return last[1]
+        if (rows.start, rows.stop) == (0, self.weight.matrix[1]):
+            with self._computing:  # who comes second finds what the first one computed
+                return self._remembered(self._whole, batch, rows, magnitude)
+        recent: deque[_Entry] = _memo.__dict__.setdefault("recent", deque(maxlen=_RECENT))
+        return self._remembered(recent, batch, rows, magnitude)
+
+    def _remembered(self, recent: deque[_Entry], batch: int, rows: slice, magnitude: np.ndarray | None) -> np.ndarray:
+        key = (self, batch, rows.start, rows.stop)
+        for known, scales in recent:
+            if known == key:
+                return scales
+        scales = row_scales(self._magnitudes(batch, rows) if magnitude is None else magnitude)
+        recent.append((key, scales))
+        return scales
 
     def _magnitudes(self, batch: int, rows: slice) -> np.ndarray:
         width = self.weight.matrix[2]
@@ -79,6 +96,13 @@ class _Quantizer:
             part = self.weight.tile(batch, rows, slice(start, min(start + step, width)))
             np.maximum(largest, _magnitude(part, self.weight, batch, rows), out=largest)
         return largest
+
+
+_Entry = tuple[tuple[_Quantizer, int, int, int], np.ndarray]
+
+# The last scales computed in this thread, for all tensors. Two: gate and up rows may be asked for in turn.
+_RECENT = 2
+_memo = threading.local()
 
 
 def _magnitude(tile: np.ndarray, weight: LazyTensor, batch: int, rows: slice) -> np.ndarray:

@@ -16,10 +16,10 @@ def require_finite(tile: np.ndarray, weight: LazyTensor, batch: int, rows: slice
     """
     broken = tile.size - int(np.count_nonzero(np.isfinite(tile)))
     if broken:
-        first, *others = weight.sources or (weight.name or "a weight",)
-        more = f" (or one of {len(others)} tensors it is joined with)" if others else ""
+        others = len(weight.sources) - 1
+        more = f" (or one of {others} tensors it is joined with)" if others > 0 else ""
         place = f"rows {rows.start} to {rows.stop - 1} of matrix {batch}"
         raise InputError(
-            f"{first}{more} has {broken} NaN or infinite values in {place}",
+            f"{weight.origin}{more} has {broken} NaN or infinite values in {place}",
             "the checkpoint is damaged: compare its files' digests with the publisher's",
         )

@@ -161,7 +161,7 @@ def text_configs(draw: st.DrawFn) -> dict[str, Any]:
     return keys | {"hidden_size": keys["num_attention_heads"] * draw(st.integers(1, 16)) * 2}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(keys=text_configs(), saved=st.booleans(), conditional=st.booleans())
 def test_any_config_means_what_transformers_says(
     tmp_path: Path, keys: dict[str, Any], saved: bool, conditional: bool
@@ -347,7 +347,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, men
     assert_refused(lambda: read(tmp_path, content), ["config.json: ", *mentions])
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_anywhere_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     """No JSON value under any key gives anything but a config or an InputError."""

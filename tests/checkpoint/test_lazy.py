@@ -71,7 +71,7 @@ def test_the_whole_is_what_numpy_computes(make: Callable[[], LazyTensor], value:
 
 
 @each
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_tile_is_that_rectangle(make: Callable[[], LazyTensor], value: np.ndarray, data: st.DataObject) -> None:
     tensor = make()

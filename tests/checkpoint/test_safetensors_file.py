@@ -198,7 +198,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             open_safetensors(path)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_files_are_read_as_safetensors_reads_them_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     """A byte changed anywhere gives an InputError or, where the reference accepts the file, the same tensors."""

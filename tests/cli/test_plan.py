@@ -47,6 +47,8 @@ SCHEMA: dict[str, Any] = {
         "peak_bytes": int,
         "process_bytes": int,
         "tile_bytes": int,
+        "pages_bytes": int,
+        "jobs": int,
         "largest_tile": {"tensor": str, "rows": int},
         "method": str,
     },
@@ -54,7 +56,8 @@ SCHEMA: dict[str, Any] = {
         "estimate": bool,
         "seconds": float,
         "schemes": [{"scheme": str, "elements": int, "elements_per_second": int}],
-        "source_digest": {"bytes": int, "bytes_per_second": int},
+        "jobs": int,
+        "digest": {"bytes": int, "bytes_per_second": int},
     },
     "passes": [{"name": str, "fired": int, "skipped": list}],
     "tensors": [
@@ -97,7 +100,11 @@ def test_a_dry_run_prints_the_same_plan(capsys, nano, tmp_path):
     for plan in plans:  # what is measured differs from run to run
         assert plan.pop("time")["seconds"] > 0
         assert plan["disk"].pop("free_bytes") > 0
-        assert plan["memory"].pop("peak_bytes") == plan["memory"].pop("process_bytes") + plan["memory"]["tile_bytes"]
+        memory = plan["memory"]
+        assert (
+            memory.pop("peak_bytes")
+            == memory.pop("process_bytes") + memory["jobs"] * memory["tile_bytes"] + memory["pages_bytes"]
+        )
     assert plans[0] == plans[1]
     assert (plans[0]["recipe"], plans[0]["target"], plans[0]["kv_cache"]) == ("fp8", "portable", "static")
 
@@ -123,8 +130,8 @@ def test_text_for_people(capsys, nano, tmp_path):
         "1.6 M (986 k active per token)",
         "an estimate, measured here",
         f"free in {tmp_path}",
-        "for the largest tile",
-        "mapped pages of the source files",
+        "of mapped source",
+        "pages of the source files",
         "quantize_weights skipped 5: the recipe keeps it",
         "model.layers.0.feed_forward.experts.gate_up_proj_int4_packed ",
         "model.safetensors",

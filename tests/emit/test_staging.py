@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from l4convert.emit import staging, verify_artifact, write_artifact
+from l4convert.emit.journal import read_journal
 from l4convert.errors import InputError, UsageError
 from tests.emit.models import holder, two_layer
 
@@ -27,18 +28,20 @@ SLOW_WRITER = """
 import os, sys, time
 from pathlib import Path
 import numpy as np
-from l4convert.emit import write_artifact
+from l4convert.emit import Filling, journal, write_artifact
 from tests.emit.models import Weight, holder
 
+journal.COMMIT_SECONDS = 0.01
+
 class Slow(Weight):
-    def chunks(self, elements=0):
-        for offset, data in super().chunks(4096):
-            time.sleep(0.002)
-            yield offset, data
+    def tile(self, batch, rows, cols):
+        time.sleep(0.016)
+        return super().tile(batch, rows, cols)
 
 def write(out, *options):
     tensors = {f"w{i}": Slow(np.full((64, 256), i, np.float32), f"s{i}") for i in range(30)}
-    write_artifact(holder(tensors), Path(out), extra_files={"config.json": "{}"}, overwrite="-f" in options)
+    write_artifact(holder(tensors), Path(out), extra_files={"config.json": "{}"}, overwrite="-f" in options,
+                   filling=Filling(jobs=2))
 
 while line := sys.stdin.readline():
     child = os.fork()
@@ -205,12 +208,20 @@ def test_a_second_process_is_told_who_holds_the_output(tmp_path: Path, writer: W
     assert verify_artifact(tmp_path / "out").ok
 
 
-def test_interrupting_removes_what_was_begun(tmp_path: Path, writer: Writer) -> None:
+def test_interrupting_keeps_what_is_finished(tmp_path: Path, writer: Writer, undisturbed: dict[str, bytes]) -> None:
     child = writer.start(tmp_path / "out")
     _wait_for(tmp_path / ".out.partial" / "artifact" / "model.safetensors")
+    time.sleep(0.1)
     os.kill(child, signal.SIGINT)
     assert writer.wait() == 130
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    recorded = read_journal(tmp_path / ".out.partial" / "journal")
+    assert recorded is not None
+    assert 0 < len(recorded.digests) < 30
+    writer.start(tmp_path / "out")
+    assert writer.wait() == 0
+    assert _snapshot(tmp_path / "out") == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_existing_output_is_kept(tmp_path: Path) -> None:
@@ -304,7 +315,7 @@ def test_a_really_full_disk(tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("l4convert.emit.write.check_free_disk", lambda folder, needed: None)
     with pytest.raises(InputError, match=r"bytes are still to be written, \d+ are free: No space left on device"):
         write_artifact(two_layer(1024), tiny_disk / "out")
-    assert list(tiny_disk.iterdir()) == []
+    assert list(tiny_disk.iterdir()) == []  # not one block was finished, so there is nothing to keep
     with pytest.raises(UsageError, match="is a mount point"):
         write_artifact(two_layer(), tiny_disk, overwrite=True)
     assert write_artifact(two_layer(), tiny_disk / "out").is_dir()

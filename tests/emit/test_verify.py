@@ -65,7 +65,7 @@ def test_an_untouched_artifact_passes(pristine: Path) -> None:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 @example("model.safetensors", 0.999, 1)  # the last tensor's end
 @example("model.safetensors", 0.1, 1)  # spaces that pad the header
@@ -86,7 +86,7 @@ def test_any_flipped_byte_is_found(pristine: Path, name: str, where: float, flip
     assert all("\n" not in problem for problem in problems)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True))
 def test_any_truncation_is_found(pristine: Path, name: str, where: float) -> None:
     path = pristine / name
@@ -258,7 +258,7 @@ def test_references_inside_attributes_and_functions_are_found(artifact: Path) ->
     assert sum("tensor secret does not refer" in problem for problem in problems) == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=300))
 def test_garbage_in_place_of_the_graph_or_weights_is_reported(pristine: Path, garbage: bytes) -> None:
     for name in ("model.onnx", "model.safetensors"):

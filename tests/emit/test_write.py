@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 
 from l4convert.checkpoint.lazy import Constant, Mapped
-from l4convert.emit import verify_artifact, write_artifact
+from l4convert.emit import Filling, verify_artifact, write_artifact
 from l4convert.emit.header import PAGE
 from l4convert.errors import InputError, UsageError
 from tests.emit.models import Weight, holder, initializer, two_layer, values
@@ -214,20 +214,27 @@ def test_a_disk_that_fails_midway_is_one_line(
 
     def pwrite(descriptor: int, data: bytes, offset: int) -> int:
         nonlocal calls
-        calls += len(data) > 100  # the lock file is written so too
-        if calls == call:
+        large = len(data) > 100 and bytes(data[:1]) != b"{"  # the lock file and the journal are written so too
+        calls += large
+        if large and calls == call:
             raise OSError(code, os.strerror(code))
         return real(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(InputError) as caught:
-        write_artifact(two_layer(), tmp_path / "out")
+        write_artifact(two_layer(), tmp_path / "out", filling=Filling(jobs=1))
     assert os.strerror(code) in caught.value.message
     assert caught.value.message.startswith("model.safetensors: ")
     if code != errno.EIO:
         assert "bytes are still to be written" in caught.value.message
     assert caught.value.hint
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ([".out.partial"] if call == 3 else [])
+    assert ("run the same command again" in caught.value.hint) == (call == 3)
+    monkeypatch.undo()
+    resumed: list[int] = []
+    out = write_artifact(two_layer(), tmp_path / "out", on_resumed=resumed.append)
+    assert resumed == [64 * 64 * 4 if call == 3 else 0]
+    assert _snapshot(out) == _snapshot(write_artifact(two_layer(), tmp_path / "undisturbed"))
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

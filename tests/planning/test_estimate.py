@@ -26,20 +26,23 @@ def test_all_parameters_are_in_the_work(target: str):
     assert sum(values.values()) == plan.parameters
     assert plan.time.rates.keys() == plan.time.elements.keys()
     assert all(rate > 0 for rate in plan.time.rates.values())
-    assert plan.time.source_bytes == 2 * plan.parameters
+    assert plan.time.written_bytes == pytest.approx(plan.bytes, rel=1e-3)
 
 
 def test_seconds_are_work_over_rates():
-    assert TimePlan({"none": 100, "int4": 30}, {"none": 50.0, "int4": 3.0}, 400, 100.0).seconds == 2 + 10 + 4
+    work = {"none": 100, "int4": 30}, {"none": 50.0, "int4": 3.0}
+    assert TimePlan(*work, jobs=1, written_bytes=200, digest_rate=100.0).seconds == 2 + 10 + 4
+    assert TimePlan(*work, jobs=2, written_bytes=200, digest_rate=100.0).seconds == 8
+    assert TimePlan(*work, jobs=64, written_bytes=200, digest_rate=100.0).seconds == 4  # one thread digests
 
 
 @pytest.mark.parametrize("preset", ["scout", "maverick"])
 def test_the_estimate_is_of_the_whole_model(preset: str, monkeypatch):
     monkeypatch.setattr(estimate, "_rate", lambda *_args: 1e7)
     monkeypatch.setattr(estimate, "_digest_rate", lambda _budget: 1e9)
-    plan = plan_conversion(PlanOptions(preset=preset), measure=True)
+    plan = plan_conversion(PlanOptions(preset=preset, jobs=1), measure=True)
     assert plan.time is not None
-    assert plan.time.seconds == pytest.approx(plan.parameters / 1e7 + 2 * plan.parameters / 1e9)
+    assert plan.time.seconds == pytest.approx(plan.parameters / 1e7 + 2 * plan.bytes / 1e9, rel=1e-3)
 
 
 def test_nothing_is_left_and_no_weight_is_read(nano: Path, tmp_path: Path, monkeypatch):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -31,7 +33,7 @@ def test_equals_torch(dtype: type) -> None:
     assert values.tobytes() == expected.view(torch.uint8).numpy().tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     hnp.arrays(
         np.float32, (3, 5), elements=st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False, allow_infinity=False)
@@ -86,3 +88,31 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     for tensor in quantize_fp8(Named(weight)):
         with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight \(or one of 1 tensors .*\) has 1 NaN"):
             tensor.numpy()
+
+
+class Counted(Constant):
+    """Counts the elements that are computed."""
+
+    read = 0
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        self.read += (rows.stop - rows.start) * (cols.stop - cols.start)
+        return super().tile(batch, rows, cols)
+
+
+def test_threads_that_take_turns_read_their_rows_once() -> None:
+    weight = Counted(random(8, 40))
+    values, scales = quantize_fp8(weight)
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for tensor, width in ((values, 40), (scales, 1)):
+            for thread, rows in ((first, slice(0, 4)), (second, slice(4, 8))):
+                thread.submit(tensor.tile, 0, rows, slice(0, width)).result()
+    assert weight.read == weight.size
+
+
+def test_threads_that_take_columns_share_the_rows_scales() -> None:
+    weight = Counted(random(8, 40))
+    values, _ = quantize_fp8(weight)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda start: values.tile(0, slice(0, 8), slice(start, start + 5)), range(0, 40, 5)))
+    assert weight.read == 2 * weight.size  # once for the scales, once for the values

@@ -59,7 +59,7 @@ def dequantized(values: LazyTensor, scales: LazyTensor, block_size: int) -> np.n
     return product
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(hnp.arrays(np.int8, hnp.array_shapes(min_dims=1, max_dims=3, max_side=9), elements=INT4_VALUES))
 def test_pack_round_trip(values: np.ndarray) -> None:
     values = np.concatenate([values, values], axis=-1)  # an even number
@@ -68,7 +68,7 @@ def test_pack_round_trip(values: np.ndarray) -> None:
     np.testing.assert_array_equal(unpack(packed), values)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(hnp.arrays(np.int8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=140), elements=INT4_VALUES), st.data())
 def test_matmul_nbits_round_trip(values: np.ndarray, data: st.DataObject) -> None:
     block_size = data.draw(st.sampled_from([32, 64, 128]))
@@ -85,7 +85,7 @@ def test_matmul_nbits_round_trip(values: np.ndarray, data: st.DataObject) -> Non
     np.testing.assert_array_equal(tile, array.reshape(rows, -1)[rows // 2 :, begin:end])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(hnp.arrays(np.int8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=9), elements=INT4_VALUES))
 def test_qmoe_round_trip(values: np.ndarray) -> None:
     values = np.concatenate([values, values], axis=-1)

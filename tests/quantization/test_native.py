@@ -56,7 +56,7 @@ def in_order(weight: np.ndarray, order: str) -> np.ndarray:
 @needs_library
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("rule", SCALE_RULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_int4_equals_its_definition(rule: str, level: int, data: st.DataObject) -> None:
     shape = (data.draw(st.integers(1, 70)), data.draw(st.integers(1, 300)))
@@ -71,7 +71,7 @@ def test_int4_equals_its_definition(rule: str, level: int, data: st.DataObject) 
 
 @needs_library
 @pytest.mark.parametrize("rule", SCALE_RULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weight=hnp.arrays(np.float32, (2, 64), elements=FINITE))
 def test_int4_equals_its_definition_on_odd_numbers(rule: str, weight: np.ndarray) -> None:
     check_int4(weight, 32, rule, 2)

@@ -47,7 +47,7 @@ def sessions(artifacts: dict[str, Path]) -> dict[str, OrtSession]:
 
 
 @pytest.mark.parametrize("form", KV_CACHES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.sets(st.integers(1, LENGTH - 1), max_size=8))
 def test_any_split_of_a_text_gives_the_logits_of_transformers(
     form: str, cuts: set[int], sessions: dict[str, OrtSession], ids: np.ndarray, expected: np.ndarray

@@ -1,0 +1,96 @@
+"""Digest the weights file in file order, tensor by tensor, close behind the jobs that fill it.
+
+The bytes are read back (from the page cache, where they just were), hence what is digested is what the file holds.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+from l4convert.emit.digest import RegionDigest
+from l4convert.emit.jobs import count_jobs, group_jobs
+from l4convert.emit.plan import WeightsPlan
+
+
+class Follower:
+    """A thread that digests whatever prefix of the file is complete.
+
+    Args:
+        descriptor: The weights file, open for reading.
+        plan: What it will hold.
+    """
+
+    def __init__(self, descriptor: int, plan: WeightsPlan) -> None:
+        self._plan = plan
+        self._digest = RegionDigest(descriptor)
+        self._changed = threading.Condition()
+        self._complete = 0  # all jobs below are done
+        self._early: set[int] = set()  # done before one that comes earlier
+        self._stopped = False
+        self._result: Future[tuple[dict[str, str], str]] = Future()
+        # A daemon: a signal that interrupts its owner before `stop` must not leave the process waiting for it.
+        self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._thread.start()
+
+    def done(self, job: int) -> None:
+        """A job's bytes are in the file.
+
+        Raises:
+            OSError: The file could not be read back.
+        """
+        with self._changed:
+            self._early.add(job)
+            while self._complete in self._early:
+                self._early.remove(self._complete)
+                self._complete += 1
+            self._changed.notify_all()
+        if self._result.done():
+            self._result.result()
+
+    def result(self) -> tuple[dict[str, str], str]:
+        """SHA-256 of every tensor by name, and of the file; waits for the end.
+
+        Raises:
+            OSError: The file could not be read back.
+        """
+        return self._result.result()
+
+    def stop(self) -> None:
+        """End the thread, also where jobs are missing."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._result.set_result(self._follow())
+        except Exception as error:  # whoever asks for the result gets it
+            self._result.set_exception(error)
+
+    def _follow(self) -> tuple[dict[str, str], str]:
+        tensors: dict[str, str] = {}
+        first = 0
+        for group in self._plan.groups:
+            for number, planned in enumerate(group):
+                self._wait_for(first)  # the header is there when a job is
+                self._digest.begin(planned.offset)
+                for job in group_jobs(group, first):
+                    self._wait_for(job.index)
+                    piece = job.pieces[number]
+                    self._digest.extend(piece.offset + piece.nbytes)
+                tensors[planned.name] = self._digest.end()
+            first += count_jobs(group)
+        self._wait_for(first)  # the last "job": everything else is written
+        return tensors, self._digest.whole(self._plan.total_bytes)
+
+    def _wait_for(self, job: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._complete > job)
+            if self._stopped and self._complete <= job:
+                raise InterruptedError("the run was stopped")

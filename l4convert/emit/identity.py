@@ -1,0 +1,46 @@
+"""What makes two runs the same work: facts by name, compared before one goes on from what the other left."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from l4convert import __version__
+from l4convert.emit.jobs import count_jobs
+from l4convert.emit.manifest import LIBRARIES
+from l4convert.emit.plan import WeightsPlan
+from l4convert.emit.staging import reported
+
+SOURCE = "source file "
+# Follow from the others or from the graph's bytes.
+_DERIVED_FIELDS = {"passes", "config"}
+
+
+def identify(
+    plan: WeightsPlan, contents: Mapping[str, bytes], manifest: Mapping[str, Any], sources: Sequence[Path]
+) -> dict[str, Any]:
+    """The facts, JSON values by the names under which a user knows them.
+
+    Args:
+        plan: Of the weights file.
+        contents: Name to content of the files that are made from the options and the graph.
+        manifest: The caller's fields of the manifest: the source's digests and the options.
+        sources: Files whose size and time of change must stay.
+
+    Raises:
+        InputError: A source cannot be read.
+    """
+    facts: dict[str, Any] = {}
+    for path in sources:
+        with reported(f"{path}: cannot be read"):
+            status = path.stat()
+        facts[f"{SOURCE}{path.name}"] = [status.st_size, status.st_mtime_ns]
+    facts |= {name: value for name, value in manifest.items() if name not in _DERIVED_FIELDS}
+    facts["version of l4convert"] = __version__
+    facts |= {f"version of {name}": version(name) for name in LIBRARIES}
+    facts |= {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
+    facts["layout of the weights"] = [hashlib.sha256(plan.header).hexdigest(), sum(map(count_jobs, plan.groups))]
+    return facts

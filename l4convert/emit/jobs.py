@@ -1,0 +1,149 @@
+"""Cut a planned weights file into jobs: blocks of rows of a group of tensors, each with fixed places in the file.
+
+A job depends on the plan alone, never on how many run at once, so any run, also one on another day, computes the same
+jobs under the same numbers. Jobs are made on demand: a model of 2 T parameters has half a million.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor, array_bytes
+from l4convert.emit.plan import PlannedTensor, WeightsPlan
+
+# An upper bound of what computing a block holds at its peak, per element of the weights that it is computed from (two
+# copies in BF16, float32 where a whole block is converted, values before and after packing, and the bytes of the
+# result). tests/planning/test_memory.py compares it with what tracemalloc counts.
+_BYTES_AN_ELEMENT = 16
+_LEAST_BYTES = 1 << 20
+# Rows that are columns of the source (a transposed lm_head is 202,048 wide) touch a cache line, 32 BF16 elements, each.
+_LEAST_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The bytes that one job writes of one tensor: ``nbytes`` at ``offset`` of the file."""
+
+    planned: PlannedTensor
+    batch: int
+    start: int
+    stop: int
+    whole: bool
+
+    @property
+    def offset(self) -> int:
+        return self.planned.offset + self._position(self.start)
+
+    @property
+    def nbytes(self) -> int:
+        return self.planned.nbytes if self.whole else self._position(self.stop) - self._position(self.start)
+
+    def compute(self) -> bytes:
+        """Its bytes, as stored."""
+        tensor = self.planned.tensor
+        if self.whole or not isinstance(tensor, LazyTensor):
+            return tensor.tobytes()
+        part = (self.batch, slice(self.start, self.stop), slice(0, tensor.matrix[2]))
+        if tensor.dtype.bitwidth < 8 and tensor.matrix[2] % 2 == 0:  # no two rows share a byte
+            return tensor.packed(*part).tobytes()
+        return array_bytes(tensor.tile(*part), tensor.dtype)
+
+    def _position(self, row: int) -> int:
+        """Bytes of the tensor before a row; an odd 4-bit tensor's last byte is half used."""
+        tensor = self.planned.tensor
+        if self.whole or not isinstance(tensor, LazyTensor):
+            return 0
+        _, rows, cols = tensor.matrix
+        bits = (self.batch * rows + row) * cols * tensor.dtype.bitwidth
+        return -(-bits // 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A block of rows of a group; ``index`` counts through the whole plan.
+
+    Attributes:
+        memory: About how many bytes computing it takes at its peak.
+    """
+
+    index: int
+    pieces: tuple[Piece, ...]
+    memory: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def plan_jobs(plan: WeightsPlan) -> Iterator[Job]:
+    """All jobs, in the order of the file."""
+    index = 0
+    for group in plan.groups:
+        for job in group_jobs(group, index):
+            yield job
+            index += 1
+
+
+def group_jobs(group: Sequence[PlannedTensor], first: int) -> Iterator[Job]:
+    """The jobs of a group, numbered from ``first``.
+
+    The tensors of a group advance by the same rows, so that what they are computed from is read once.
+    """
+    step = _rows_a_job(group)
+    if step is None:
+        memory = sum(max(planned.nbytes * 8, _elements(planned) * 4) for planned in group)
+        yield Job(first, tuple(Piece(planned, 0, 0, 0, True) for planned in group), memory + _LEAST_BYTES)
+        return
+    batch, rows, _ = _lazy(group[0]).matrix
+    width = max(_width(planned.tensor) for planned in group)
+    memory = min(step, rows) * width * _BYTES_AN_ELEMENT + _LEAST_BYTES
+    for b in range(batch):
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield Job(first, tuple(Piece(planned, b, start, stop, False) for planned in group), memory)
+            first += 1
+
+
+def count_jobs(group: Sequence[PlannedTensor]) -> int:
+    """How many jobs a group has."""
+    step = _rows_a_job(group)
+    if step is None:
+        return 1
+    batch, rows, _ = _lazy(group[0]).matrix
+    return batch * -(-rows // step)
+
+
+def _rows_a_job(group: Sequence[PlannedTensor]) -> int | None:
+    """Rows in a job; None where the group cannot be cut, because it is in memory or matrices share bytes."""
+    if not all(isinstance(planned.tensor, LazyTensor) for planned in group):
+        return None
+    width = max(_width(planned.tensor) for planned in group)
+    rows = max(_LEAST_ROWS, TILE_ELEMENTS // width)
+    for planned in group:
+        tensor = _lazy(planned)
+        if tensor.dtype.bitwidth < 8 and tensor.matrix[2] % 2:  # two rows share a byte
+            if tensor.matrix[0] > 1 and tensor.matrix[1] % 2:
+                return None
+            rows += rows % 2
+    return rows
+
+
+def _width(tensor: ir.TensorProtocol) -> int:
+    """The longest row that computing a row of the tensor passes through: what is packed was twice as long before."""
+    if not isinstance(tensor, LazyTensor):
+        return 1
+    parts = tensor.parts if isinstance(tensor, Derived) else ()
+    same_rows = [_width(part) for part in parts if part.matrix[:2] == tensor.matrix[:2]]
+    return max(tensor.matrix[2], *same_rows, 1)
+
+
+def _elements(planned: PlannedTensor) -> int:
+    return planned.tensor.size if isinstance(planned.tensor, LazyTensor) else 0
+
+
+def _lazy(planned: PlannedTensor) -> LazyTensor:
+    assert isinstance(planned.tensor, LazyTensor)
+    return planned.tensor

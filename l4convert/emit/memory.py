@@ -1,0 +1,69 @@
+"""How much memory filling may take: the user's limit, and how it is shared out."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from l4convert.errors import UsageError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_MAX_PAGES_BYTES = 512 << 20  # three of Llama 4's gate_up matrices, so that the next one does not wait for the last
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class MemoryShare:
+    """Bytes for running jobs together, and for mapped pages of the checkpoint."""
+
+    jobs: int
+    pages: int
+
+
+def parse_size(text: str) -> int:
+    """``"4G"``, ``"512M"``, ``"1.5 GiB"`` or plain bytes, in powers of 1024, as memory is sold.
+
+    Raises:
+        UsageError: It is no such size, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size <= 0:
+        raise UsageError(f"{text!r} is not an amount of memory", "write it as 4G or 512M")
+    return size
+
+
+def default_limit() -> int:
+    """A quarter of the machine's memory, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def share_memory(limit: int, largest_job: int) -> MemoryShare:
+    """Divide what ``limit`` leaves after what the process holds already.
+
+    Raises:
+        UsageError: The largest job does not fit; names the least limit.
+    """
+    held = resident_bytes()
+    left = limit - held
+    pages = min(_MAX_PAGES_BYTES, max(left, 0) // 4)
+    if left - pages < largest_job:
+        least = -(-(held + largest_job * 4 // 3 + 8 * _MIB) // _MIB)
+        raise UsageError(
+            f"a memory limit of {limit // _MIB}M is too small for this model: the least is {least}M",
+            hint=f"pass --memory-limit {least}M or more",
+        )
+    return MemoryShare(left - pages, pages)
+
+
+def resident_bytes() -> int:
+    """This process's resident set, in bytes; its highest so far where the system only tells that."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
