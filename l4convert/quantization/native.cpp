@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(__GNUC__) || defined(__FAST_MATH__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -132,6 +134,14 @@ static inline __attribute__((always_inline)) void transpose_four(float *to, cons
 #define NAME(x) x##_any
 #define TARGET
 #define LANES 4
+#if defined(__aarch64__)
+static inline int32x4_t neon_dot(int16x8_t a, int16x8_t b)
+{
+    return vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b));
+}
+#define DOT(a, b) ((Ints)neon_dot((int16x8_t)(a), (int16x8_t)(b)))
+#define PRODUCT(a, b) ((Ints)vqrdmulhq_s16((int16x8_t)(a), (int16x8_t)(b)))
+#endif
 #include "native_lanes.h"
 #define SELECT(f, ...) ((void)level, f##_any(__VA_ARGS__))
 #endif
