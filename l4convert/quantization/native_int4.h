@@ -7,26 +7,26 @@ INLINE void NAME(gather)(float *strip, const Source *s, int64_t n0, int width, i
     int item = bf16 ? 2 : 4;
     if (width < STRIP || depth < rows)
         memset(strip, 0, sizeof(float) * STRIP * rows);
-    if (s->stride_k == item && width == STRIP && depth % 4 == 0) {
-        for (int n = 0; n < STRIP; n++) /* the next block of the row, wherever it lies in its cache lines */
+    if (s->stride_k == item) {
+        int fours = depth % 4 ? 0 : width & ~3;
+        for (int n = 0; n < width; n++) /* the next block of the row, wherever it lies in its cache lines */
             for (int k = depth; k <= 2 * depth; k += 64 / item)
                 __builtin_prefetch(from + n * s->stride_n + k * item);
-        for (int n = 0; n < STRIP; n += 4)
+        for (int n = 0; n < fours; n += 4)
             for (int k = 0; k < depth; k += 4)
                 transpose_four(strip + k * STRIP + n, from + n * s->stride_n + k * item, s->stride_n, bf16);
-        return;
-    }
-    if (s->stride_n != item || width < STRIP) {
-        for (int n = 0; n < width; n++)
+        for (int n = fours; n < width; n++)
             for (int k = 0; k < depth; k++)
-                strip[k * STRIP + n] = scalar(from + n * s->stride_n + k * s->stride_k, bf16);
+                strip[k * STRIP + n] = scalar(from + n * s->stride_n + k * item, bf16);
         return;
     }
+    uint8_t some[4 * STRIP] = {0};
     for (int k = 0; k < depth; k++, from += s->stride_k) {
+        const uint8_t *row = width < STRIP ? (const uint8_t *)memcpy(some, from, width * item) : from;
         __builtin_prefetch(from + STRIP * item);
         __builtin_prefetch(from + STRIP * item * 2 - 1);
         for (int n = 0; n < STRIP; n += LANES) {
-            Floats x = NAME(load_source)(from + n * item, bf16);
+            Floats x = NAME(load_source)(row + n * item, bf16);
             memcpy(strip + k * STRIP + n, &x, sizeof x);
         }
     }
