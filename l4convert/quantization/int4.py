@@ -1,8 +1,8 @@
 """INT4 weights: symmetric, a float32 scale for every block of consecutive K, values in [-8, 7] (ONNX's blocked form).
 
-The arithmetic is defined by :func:`int4_blocks`: float32 elementwise operations and sums of a fixed order, so that
-every machine and any number of threads give the same bytes. :mod:`.native` computes the same bytes faster. The rest
-serves it tile by tile.
+The arithmetic is defined by :func:`int4_blocks`: float32 elementwise operations, and sums that are exact or of a fixed
+order, so that every machine and any number of threads give the same bytes. :mod:`.native` computes the same bytes
+faster. The rest serves it tile by tile.
 """
 
 from __future__ import annotations
