@@ -151,7 +151,9 @@ def read_tile(file: np.ndarray, matrix: np.ndarray, rows: slice, cols: slice) ->
     # Whole rows, so that jobs which take different columns of the same rows share one claim.
     if budget.claim(file, first + rows.start * pitch, first + rows.stop * pitch, claimed):
         return matrix[rows, cols]
-    copy = np.empty((rows.stop - rows.start, cols.stop - cols.start), matrix.dtype)
+    # In columns, because who asks for part of the rows wants to transpose it.
+    shape = (rows.stop - rows.start, cols.stop - cols.start)
+    copy = np.empty(shape, matrix.dtype, order="F" if shape[1] < matrix.shape[1] else "C")
     step = max(1, _STEP_BYTES // max(1, pitch))
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)

@@ -123,7 +123,7 @@ class Blocks:
         return digest.digest()
 
 
-def write_at(descriptor: int, offset: int, data: bytes, what: str) -> None:
+def write_at(descriptor: int, offset: int, data: bytes | memoryview, what: str) -> None:
     """Write all of ``data``.
 
     Raises:
@@ -152,7 +152,7 @@ def check_finite(tensor: ir.TensorProtocol) -> None:
         raise_unless_finite(tensor, count_not_finite(tensor.tobytes(), tensor.dtype), tensor.size)
 
 
-def count_not_finite(data: bytes, dtype: ir.DataType) -> int:
+def count_not_finite(data: bytes | memoryview, dtype: ir.DataType) -> int:
     """How many values among little-endian ``data`` are NaN or infinite; 0 for types that have neither."""
     if dtype not in _NOT_FINITE:
         return 0
@@ -167,7 +167,7 @@ def count_not_finite(data: bytes, dtype: ir.DataType) -> int:
     return count
 
 
-def _check_piece(piece: Piece, data: bytes) -> None:
+def _check_piece(piece: Piece, data: bytes | memoryview) -> None:
     tensor = piece.planned.tensor
     if _is_weight(tensor) and (count := count_not_finite(data, tensor.dtype)):
         raise_unless_finite(tensor, count, len(data) * 8 // tensor.dtype.bitwidth)

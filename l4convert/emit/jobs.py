@@ -42,7 +42,7 @@ class Piece:
     def nbytes(self) -> int:
         return self.planned.nbytes if self.whole else self._position(self.stop) - self._position(self.start)
 
-    def compute(self) -> bytes:
+    def compute(self) -> bytes | memoryview:
         """Its bytes, as stored."""
         tensor = self.planned.tensor
         if self.whole or not isinstance(tensor, LazyTensor):

@@ -143,7 +143,7 @@ def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> f
     return group_elements(group) * done / max(1, total) / max(1e-9, time.perf_counter() - start)
 
 
-def _write(descriptor: int, offset: int, data: bytes) -> None:
+def _write(descriptor: int, offset: int, data: bytes | memoryview) -> None:
     os.pwrite(descriptor, data, offset % _SCRATCH_BYTES)
 
 

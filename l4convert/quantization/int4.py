@@ -1,8 +1,8 @@
 """INT4 weights: symmetric, a float32 scale for every block of consecutive K, values in [-8, 7] (ONNX's blocked form).
 
-The arithmetic is defined by :func:`int4_blocks`: float32 elementwise operations and sums of a fixed order, so that
-every machine and any number of threads give the same bytes. :mod:`.native` computes the same bytes faster. The rest
-serves it tile by tile.
+The arithmetic is defined by :func:`int4_blocks`: float32 elementwise operations, and sums that are exact or of a fixed
+order, so that every machine and any number of threads give the same bytes. :mod:`.native` computes the same bytes
+faster. The rest serves it tile by tile.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ _LOW, _HIGH = -8.0, 7.0
 # A block whose largest magnitude is below this is stored as zeros: its scale could be subnormal, which kernels flush.
 _NEGLIGIBLE = np.float32(2.0**-100)
 
-# "lse" tries extreme/divisor for each of these as a block's scale, in this order (a tie goes to the first). Negative
-# ones put the block's extreme element at -8, the end of the grid that the positive side lacks. A step half as long
-# lowers the error by 0.1 % and doubles the time.
-_DIVISORS = tuple(np.float32(sign * half / 2) for half in range(11, 21) for sign in (1, -1))
-_REFINEMENTS = 2
+# "lse" tries -extreme/divisor as a block's scale, for these divisors in quarters, in this order (a tie goes to the
+# first). The sign puts the extreme element at -8, the end of the grid that the positive side lacks. Larger blocks have
+# elements farther out, which are better clipped. docs/adr/0010-quantization-kernels.md says what these choices cost.
+_QUARTERS = {32: range(26, 37), 64: range(28, 39), 128: range(28, 41)}
+
+# While a scale is searched, blocks are divided by their extreme element and rounded to multiples of 1/8192.
+_UNIT = np.float32(8192)
+
+# Keeps sums of large weights finite.
+_SMALLER = np.float32(2.0**-12)
 
 # Elements per call of the arithmetic: a handful of float32 arrays of this size stay in a core's cache.
 _CHUNK = 1 << 16
@@ -63,11 +68,11 @@ def quantize_int4(weight: LazyTensor, block_size: int, scale: str) -> tuple[Lazy
 def int4_blocks(weight: np.ndarray, scale: str) -> tuple[np.ndarray, np.ndarray]:
     """Quantize blocks; ``values * scales`` approximates ``weight``.
 
-    "absmax": s = max|w| / 7. "lse": the s, of either sign, that minimises the squared error sum (w - q s)^2 among
-    :data:`_DIVISORS` and then by alternating the best s for fixed q, sum w q / sum q^2, with the best q for that s.
+    "absmax": s = max|w| / 7. "lse": the q of least squared error sum (w - s q)^2 among the nearest values of the grid
+    for s = -4 extreme / :data:`_QUARTERS`, each with its own best s = sum w q / sum q^2.
 
     Args:
-        weight: float32 [R, nb, bs], finite; bs a power of two.
+        weight: float32 [R, nb, bs], finite; bs one of :data:`BLOCK_SIZES`.
         scale: One of :data:`SCALE_RULES`.
 
     Returns:
@@ -92,58 +97,44 @@ def _absmax(columns: np.ndarray, extreme: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _least_error(columns: np.ndarray, extreme: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and scales by the search of :func:`int4_blocks`, for blocks [bs, M] and their extremes [M]."""
-    blocks = _UnitBlocks(columns / extreme)
-    best_gain, best_divisor = np.full_like(extreme, -1), np.zeros_like(extreme)
+    """Values and scales by the search of :func:`int4_blocks`, for blocks [bs, M] and their extremes [M].
 
-    def attempt(divisor: np.ndarray | np.float32) -> None:
-        projection, energy = blocks.fit(divisor)
-        gain = projection * projection / energy  # the error at the best scale is a constant less this
-        better = gain > best_gain
-        np.copyto(best_gain, gain, where=better)
-        np.copyto(best_divisor, divisor, where=better)
-
-    for divisor in _DIVISORS:
-        attempt(divisor)
-    for _ in range(_REFINEMENTS):
-        projection, energy = blocks.fit(best_divisor)
-        attempt(energy / projection)
-    projection, energy = blocks.fit(best_divisor)
-    return blocks.rounded(best_divisor), projection / energy * extreme
-
-
-class _UnitBlocks:
-    """Blocks [bs, M] divided by their extreme element, so that the same divisors are candidates for all of them."""
-
-    def __init__(self, unit: np.ndarray) -> None:
-        self._unit = unit
-        self._values = np.empty_like(unit)
-        self._terms = np.empty((len(unit), 2, unit.shape[1]), np.float32)
-
-    def rounded(self, divisor: np.ndarray | np.float32) -> np.ndarray:
-        """The nearest values of the grid for scale ``1 / divisor``, ties to even; overwritten by the next call."""
-        values: np.ndarray = np.multiply(self._unit, divisor, out=self._values)
-        np.rint(values, out=values)
-        np.clip(values, _LOW, _HIGH, out=values)
-        return values
-
-    def fit(self, divisor: np.ndarray | np.float32) -> tuple[np.ndarray, np.ndarray]:
-        """``sum w q`` and ``sum q^2`` of every block for its rounded values q; their quotient is the best scale."""
-        values = self.rounded(divisor)
-        np.multiply(values, self._unit, out=self._terms[:, 0])
-        np.multiply(values, values, out=self._terms[:, 1])
-        projection, energy = _tree_sum(self._terms).copy()
-        return projection, energy
+    Sums of the search are exact in any order: the elements of ``unit`` are n/8192 with whole |n| <= 8192 and divisors
+    have two binary places, so products have at most 19 bits and sums over a block 24, and float32 rounds none of them.
+    """
+    unit = np.rint(columns * (-_UNIT / extreme)) / _UNIT
+    best_square, best_energy = np.full_like(extreme, -1), np.ones_like(extreme)
+    best_divisor = np.zeros_like(extreme)
+    for quarters in _QUARTERS[len(columns)]:
+        divisor = np.float32(quarters / 4)
+        values = _nearest(unit, divisor)
+        projection, energy = np.einsum("km,km->m", values, unit), np.einsum("km,km->m", values, values)
+        square = projection * projection
+        # the error at the best scale is a constant less square / energy
+        better = square * best_energy > best_square * energy
+        for best, found in ((best_square, square), (best_energy, energy), (best_divisor, divisor)):
+            np.copyto(best, found, where=better)
+    values = _nearest(unit, best_divisor)
+    return values, _best_scales(columns, values, best_energy)
 
 
-def _tree_sum(terms: np.ndarray) -> np.ndarray:
-    """Sum over the first axis (a power of two long) by halving; overwrites ``terms``."""
-    half = len(terms)
-    while half > 1:
-        half //= 2
-        terms[:half] += terms[half : 2 * half]
-    total: np.ndarray = terms[0]
-    return total
+def _nearest(unit: np.ndarray, divisor: np.ndarray | np.float32) -> np.ndarray:
+    """The nearest values of the grid for scale ``1 / divisor``, ties up."""
+    values: np.ndarray = np.clip(np.floor(unit * divisor + np.float32(0.5)), _LOW, _HIGH)
+    return values
+
+
+def _best_scales(columns: np.ndarray, values: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """``sum w q / sum q^2`` of blocks [bs, M], given ``sum q^2``; exact where the weights are on a grid of BF16 scales.
+
+    Sums even and odd elements in order of k.
+    """
+    terms = columns * _SMALLER * values
+    pair = terms[:2]
+    for k in range(2, len(terms), 2):
+        pair += terms[k : k + 2]
+    scales: np.ndarray = (pair[0] + pair[1]) / (energy * _SMALLER)
+    return scales
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-_INTERFACE = 1
+_INTERFACE = 2
 
 # The highest instruction set to use (x86-64: 0 SSE2, 1 AVX2, 2 AVX-512), where the machine has it.
 _LEVEL = 2

@@ -8,10 +8,12 @@
 
 typedef float NAME(Floats) __attribute__((vector_size(4 * LANES)));
 typedef int32_t NAME(Ints) __attribute__((vector_size(4 * LANES)));
+typedef int16_t NAME(Shorts) __attribute__((vector_size(4 * LANES)));
 typedef uint16_t NAME(Halves) __attribute__((vector_size(2 * LANES)));
 typedef uint8_t NAME(Bytes) __attribute__((vector_size(LANES)));
 #define Floats NAME(Floats)
 #define Ints NAME(Ints)
+#define Shorts NAME(Shorts)
 #define Halves NAME(Halves)
 #define Bytes NAME(Bytes)
 #define INLINE static inline __attribute__((always_inline)) TARGET
@@ -39,6 +41,8 @@ INLINE Floats NAME(load_source)(const uint8_t *from, int bf16)
     return x;
 }
 
+#include "native_search.h"
+
 #include "native_int4.h"
 
 #include "native_fp8.h"
@@ -46,5 +50,6 @@ INLINE Floats NAME(load_source)(const uint8_t *from, int bf16)
 #undef INLINE
 #undef Floats
 #undef Ints
+#undef Shorts
 #undef Halves
 #undef Bytes

@@ -86,7 +86,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     weight = random(4, 16)
     weight[3, 3] = bad
     for tensor in quantize_fp8(Named(weight)):
-        with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight \(or one of 1 tensors .*\) has 1 NaN"):
+        with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight' \(or one of 1 tensors .*\) has 1 NaN"):
             tensor.numpy()
 
 
