@@ -138,8 +138,7 @@ class Cluster:
             alive = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
             self._cpus = sum(int(node["Resources"]["CPU"]) for node in alive)
             count = len(alive)
-            where = f"{count} machine{'s' * (count != 1)}" if count else "waiting for a machine"
-            task.update(f"Writing weights, {where}")
+            task.update(f"Writing on {count} machine{'s' * (count != 1)}" if count else "Waiting for a machine")
         return self._cpus
 
 
