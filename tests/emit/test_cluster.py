@@ -49,8 +49,6 @@ class Node:
             "PYTHONPATH": f"{folder}:{ROOT}",
             "TEST_WRITES": str(self._writes),
             "GRPC_ENABLE_FORK_SUPPORT": "0",  # https://github.com/ray-project/ray/issues/63202
-            "RAY_health_check_period_ms": "300",
-            "RAY_health_check_failure_threshold": "3",
         }
         fixed = ["--block", "--num-cpus=1", "--object-store-memory=80000000", f"--temp-dir={folder}"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *fixed, "--include-log-monitor=false"]
