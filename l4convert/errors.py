@@ -35,6 +35,10 @@ class InputError(L4Error):
     exit_code = 3
 
 
+class ClusterError(InputError):
+    """Machines that were to help cannot be reached, are lost, or cannot see the same files."""
+
+
 class CheckFailed(L4Error):
     """A parity or integrity check that ran and did not hold."""
 
@@ -51,6 +55,7 @@ class BackendMissing(L4Error):
 # user's to solve, not a defect.
 INSTALL = {
     "onnxruntime": "pip install onnxruntime-gpu",
+    "ray": "pip install 'ray[client]'",
     "torch": "pip install torch transformers",
     "transformers": "pip install torch transformers",
 }

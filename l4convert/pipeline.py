@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -34,6 +34,9 @@ from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules
 from l4convert.runtime.client_files import client_files
 from l4convert.targets import TARGETS, Target
+
+if TYPE_CHECKING:
+    from l4convert.emit.cluster import Cluster
 
 __all__ = [
     "ConversionPlan",
@@ -67,10 +70,14 @@ class _HowOptions:
 
 @dataclass(frozen=True)
 class ConvertOptions(_HowOptions):
-    """What ``l4convert convert`` is asked for; field by field the options of that command."""
+    """What ``l4convert convert`` is asked for; field by field the options of that command.
+
+    ``cluster`` changes where the bytes are computed (:func:`l4convert.emit.cluster.connected`), not one of them.
+    """
 
     checkpoint: Path
     output: Path
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class ConvertResult:
         bytes, tensors: Size and number of the tensors in the weights file.
         sharing: What stays in files of the checkpoint, where that was asked for; not counted in the others.
         resumed_bytes: How many of the bytes an earlier run had written.
+        machines: How many machines computed weights.
         seconds: Wall time of the whole conversion.
     """
 
@@ -103,6 +111,7 @@ class ConvertResult:
     tensors: int
     sharing: SharingPlan | None
     resumed_bytes: int
+    machines: int
     seconds: float
 
 
@@ -161,9 +170,23 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         InputError: The checkpoint or recipe is not usable, the checkpoint changed since an unfinished run, or the disk
             is not large enough.
         CheckFailed: ``verify_passes`` was asked for and a pass changed what the graph computes.
+        BackendMissing: A cluster was asked for and Ray is not installed, or a machine lacks this version of l4convert.
+        ClusterError: The cluster cannot be reached, fails, or does not share the file system.
     """
+    address = options.cluster
+    if address is None:
+        return _convert(options, progress, None)
+    from l4convert.emit.cluster import connected
+
+    # The machines do not work in this folder. A cluster that is not there is told before anything takes long.
+    options = dataclasses.replace(options, checkpoint=options.checkpoint.absolute())
+    with connected(address) as cluster:
+        return _convert(options, progress, cluster)
+
+
+def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | None) -> ConvertResult:
     start = time.monotonic()
-    filling = _filling(options)
+    filling = dataclasses.replace(_filling(options), cluster=cluster)
     conversion = _Conversion(options, progress)
     checkpoint = conversion.checkpoint
     resumed: list[int] = []
@@ -191,6 +214,7 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
         tensors=sum(1 for _ in conversion.plan.tensors),
         sharing=conversion.sharing,
         resumed_bytes=sum(resumed),
+        machines=1 if cluster is None else len(cluster.machines),
         seconds=time.monotonic() - start,
     )
 

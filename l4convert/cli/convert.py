@@ -37,7 +37,9 @@ Examples:
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N",
               help="Blocks of weights to convert at once.  [default: the number of cores]")  # fmt: skip
 @click.option("--memory-limit", metavar="SIZE",
-              help="Most memory to use, as 4G or 512M.  [default: a quarter of the machine's]")  # fmt: skip
+              help="Most memory to use on a machine, as 4G or 512M.  [default: a quarter of it]")  # fmt: skip
+@click.option("--cluster", metavar="ADDRESS",
+              help="Ray cluster whose machines share the work and the disks, as ray://HOST:10001.")  # fmt: skip
 @global_options
 @click.pass_context
 def command(ctx: click.Context, /, *, dry_run: bool, **values: Any) -> None:
@@ -70,6 +72,7 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "bytes": result.bytes,
         "tensors": result.tensors,
         "shared": None if result.sharing is None else sharing_payload(result.sharing),
+        "machines": result.machines,
         "resumed_bytes": result.resumed_bytes,
         "seconds": round(result.seconds, 3),
     }
@@ -83,6 +86,7 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
             ("size", f"{size(result.bytes)} in {result.tensors:,} tensors"),
             *([] if result.sharing is None else sharing_rows(result.sharing)),
             *([("resumed", f"{size(result.resumed_bytes)} written by an earlier run")] if result.resumed_bytes else []),
+            *([("machines", result.machines)] if options.cluster else []),
             ("time", f"{result.seconds:.1f} s"),
             ("target", result.target),
             ("recipe", result.recipe),

@@ -35,6 +35,7 @@ EXTRAS = {
     "gpu": {"purpose": "run artifacts (validate, generate)", "packages": ("onnxruntime-gpu",)},
     "cpu": {"purpose": "the same, where onnxruntime-gpu has no wheel", "packages": ("onnxruntime",)},
     "reference": {"purpose": "the model that validate compares with", "packages": ("torch", "transformers")},
+    "cluster": {"purpose": "convert on many machines (convert --cluster)", "packages": ("ray[client]",)},
 }
 # Each of these installs the import package `onnxruntime`; two of them overwrite each other's files.
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
@@ -116,7 +117,7 @@ def _core_package(name: str, module: str) -> Package:
 
 
 def _extra(name: str) -> Extra:
-    packages = tuple(Package(package, _installed(package)) for package in EXTRAS[name]["packages"])
+    packages = tuple(Package(package, _installed(package.partition("[")[0])) for package in EXTRAS[name]["packages"])
     present = all(package.version for package in packages)
     harmful = packages[0].name in RUNTIMES and any(_installed(runtime) for runtime in RUNTIMES)
     install = None if present or harmful else f"pip install {' '.join(package.name for package in packages)}"

@@ -5,8 +5,10 @@ The bytes are read back (from the page cache, where they just were), hence what 
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 
 from l4convert.emit.digest import RegionDigest
 from l4convert.emit.jobs import count_jobs, group_jobs
@@ -17,13 +19,22 @@ class Follower:
     """A thread that digests whatever prefix of the file is complete.
 
     Args:
-        descriptor: The weights file, open for reading.
+        path: The weights file.
         plan: What it will hold.
+        shared: Whether other machines write it. A file system over a network promises to show their bytes only to
+            who opens the file after they were written, and who read a page before may be shown that one again. So the
+            file is opened for every job, and not read ahead.
+
+    Raises:
+        OSError: The file cannot be opened.
     """
 
-    def __init__(self, descriptor: int, plan: WeightsPlan) -> None:
+    def __init__(self, path: Path, plan: WeightsPlan, shared: bool = False) -> None:
         self._plan = plan
-        self._digest = RegionDigest(descriptor)
+        self._path = path
+        self._shared = shared
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._digest = RegionDigest(self._descriptor)
         self._changed = threading.Condition()
         self._complete = 0  # all jobs below are done
         self._early: set[int] = set()  # done before one that comes earlier
@@ -60,12 +71,13 @@ class Follower:
         return self._result.result()
 
     def stop(self) -> None:
-        """End the thread, also where jobs are missing."""
+        """End the thread, also where jobs are missing, and close the file."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
+        os.close(self._descriptor)
 
     def _run(self) -> None:
         try:
@@ -94,3 +106,14 @@ class Follower:
             self._changed.wait_for(lambda: self._stopped or self._complete > job)
             if self._stopped and self._complete <= job:
                 raise InterruptedError("the run was stopped")
+        if self._shared:
+            self._reopen()
+
+    def _reopen(self) -> None:
+        fresh = os.open(self._path, os.O_RDONLY)
+        try:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fresh, 0, 0, os.POSIX_FADV_RANDOM)
+            os.dup2(fresh, self._descriptor, inheritable=False)
+        finally:
+            os.close(fresh)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import onnx_ir as ir
 
@@ -78,13 +79,22 @@ class Job:
         return sum(piece.nbytes for piece in self.pieces)
 
 
-def plan_jobs(plan: WeightsPlan) -> Iterator[Job]:
-    """All jobs, in the order of the file."""
+def plan_jobs(plan: WeightsPlan, first: int = 0, stop: int | None = None) -> Iterator[Job]:
+    """The jobs from ``first`` to before ``stop``, by default all, in the order of the file."""
     index = 0
     for group in plan.groups:
-        for job in group_jobs(group, index):
-            yield job
-            index += 1
+        if stop is not None and index >= stop:
+            return
+        count = count_jobs(group)
+        if index + count > first:
+            end = None if stop is None else stop - index
+            yield from islice(group_jobs(group, index), max(0, first - index), end)
+        index += count
+
+
+def largest_job(plan: WeightsPlan) -> int:
+    """The most memory that a job takes, in bytes; the first one of a group is never smaller than the others."""
+    return max((next(group_jobs(group, 0)).memory for group in plan.groups), default=0)
 
 
 def group_jobs(group: Sequence[PlannedTensor], first: int) -> Iterator[Job]:

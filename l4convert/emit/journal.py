@@ -30,9 +30,9 @@ _LINE = re.compile(rb"(\d{1,15}) ([0-9a-f]{32})")
 _LINE_BYTES = 16 + 32 + 1
 
 
-def new_digest() -> xxhash.xxh3_128:
+def new_digest(data: bytes = b"") -> xxhash.xxh3_128:
     """The digest that the journal keeps of a job's bytes."""
-    return xxhash.xxh3_128()
+    return xxhash.xxh3_128(data)
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,16 @@ def read_journal(path: Path) -> Recorded | None:
     return Recorded(content["facts"], digests, end)
 
 
+def work_of(path: Path) -> bytes:
+    """Digest of a journal's facts: the same for two journals only if every job of both writes the same bytes.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        return new_digest(file.readline()).digest()
+
+
 def changed_facts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the facts that differ, those of ``now`` first and in its order."""
     known = json.loads(json.dumps(now))  # tuples become lists, as they did in the file
@@ -92,6 +102,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, recorded: Recorded, jobs: int) -> None:
+        self.path = path
         self._digests = dict(recorded.digests)
         self._lock = threading.Condition()
         self._pending: list[bytes] = []

@@ -42,17 +42,17 @@ def default_limit() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
-def share_memory(limit: int, largest_job: int) -> MemoryShare:
-    """Divide what ``limit`` leaves after what the process holds already.
+def share_memory(limit: int, largest_job: int, processes: int = 1) -> MemoryShare:
+    """Divide what ``limit``, shared by so many ``processes``, leaves after what this one holds already.
 
     Raises:
         UsageError: The largest job does not fit; names the least limit.
     """
     held = resident_bytes()
-    left = limit - held
+    left = limit // processes - held
     pages = min(_MAX_PAGES_BYTES, max(left, 0) // 4)
     if left - pages < largest_job:
-        least = -(-(held + largest_job * 4 // 3 + 8 * _MIB) // _MIB)
+        least = -(-(held + largest_job * 4 // 3 + 8 * _MIB) // _MIB) * processes
         raise UsageError(
             f"a memory limit of {limit // _MIB}M is too small for this model: the least is {least}M",
             hint=f"pass --memory-limit {least}M or more",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l4convert.emit.blocks import count_not_finite, raise_unless_finite
 from l4convert.emit.digest import BLOCK_BYTES, RegionDigest
-from l4convert.emit.fill import count_not_finite, raise_unless_finite
 from l4convert.emit.plan import PlannedTensor, stored_of
 from l4convert.emit.share import link
 from l4convert.emit.staging import reported

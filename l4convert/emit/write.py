@@ -10,8 +10,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from l4convert.emit.blocks import check_finite
 from l4convert.emit.digest import BLOCK_BYTES, file_digest
-from l4convert.emit.fill import Filling, check_finite, write_weights
+from l4convert.emit.fill import Filling, write_weights
 from l4convert.emit.identity import identify
 from l4convert.emit.manifest import build_manifest, encode_manifest
 from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan, plan_weights

@@ -62,6 +62,10 @@ class _Quantizer:
         self._whole: deque[_Entry] = deque(maxlen=1)
         self._computing = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[_Quantizer], tuple[LazyTensor]]:
+        """Plans travel to other machines; what is remembered stays here."""
+        return _Quantizer, (self.weight,)
+
     def values(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         weight = self.weight.tile(batch, rows, cols)
         magnitude = _magnitude(weight, self.weight, batch, rows)
