@@ -14,19 +14,19 @@ from l4convert.planning.memory import METHOD
 
 
 def show_plan(settings: Settings, plan: ConversionPlan, tensors: bool = False) -> None:
-    """Print the plan; ``tensors`` adds a row for each tensor.
+    """Print the plan; its table for people has a row for each tensor with ``tensors`` or ``-v``, its JSON always.
 
     Raises:
         InputError: After that, if the disk is too small.
     """
-    settings.emit("plan", plan_payload(plan, tensors), plan_text(plan, tensors, settings.verbose))
+    settings.emit("plan", plan_payload(plan), plan_text(plan, tensors or settings.verbose, settings.verbose))
     plan.disk.check()
 
 
-def plan_payload(plan: ConversionPlan, tensors: bool) -> dict[str, Any]:
+def plan_payload(plan: ConversionPlan) -> dict[str, Any]:
     """The schema ``l4convert.plan/1``; docs/guides/planning.md describes it."""
     disk, memory = plan.disk, plan.memory
-    payload: dict[str, Any] = {
+    return {
         "source": plan.source,
         "parameters": plan.parameters,
         "active_parameters": plan.active_parameters,
@@ -57,8 +57,8 @@ def plan_payload(plan: ConversionPlan, tensors: bool) -> dict[str, Any]:
         },
         "time": None if plan.time is None else _time_payload(plan.time),
         "passes": passes_payload(plan.passes),
+        "tensors": [dataclasses.asdict(row) for row in plan.table],
     }
-    return payload | ({"tensors": [dataclasses.asdict(row) for row in plan.table]} if tensors else {})
 
 
 def _time_payload(time: TimePlan) -> dict[str, Any]:

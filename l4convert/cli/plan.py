@@ -16,7 +16,7 @@ EPILOG = f"""{_conversion.EPILOG}
 Examples:
   l4convert plan Llama-4-Scout --output /data/scout-int4      does it fit, and how long will it take?
   l4convert plan --preset maverick --recipe fp8               a published model, without its checkpoint
-  l4convert plan --preset behemoth --tensors --json           every tensor with its file and offset
+  l4convert plan --preset behemoth --tensors                  every tensor with its file and offset
 
 \b
 Exit code 3 when the disk at OUT is too small, with the missing bytes named.
@@ -29,7 +29,7 @@ Exit code 3 when the disk at OUT is too small, with the missing bytes named.
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT",
               help="Folder to write later: compare with the free disk there.")  # fmt: skip
 @conversion_options
-@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--tensors", is_flag=True, help="List every tensor; --json always does.")
 @click.option("--no-measure", is_flag=True, help="Do not measure this machine for two seconds to estimate the time.")
 @click.option("--overwrite", is_flag=True, help="OUT may be an artifact that will be replaced.")
 @global_options
