@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from l4convert.emit.blocks import Done
-from l4convert.emit.jobs import count_jobs
+from l4convert.emit.jobs import total_jobs
 from l4convert.emit.journal import Journal, work_of
 from l4convert.emit.node import Report, Run, versions
 from l4convert.emit.plan import WeightsPlan
@@ -105,7 +105,7 @@ class Cluster:
         def do(done: Callable[[Done], None]) -> None:
             try:
                 with contextlib.closing(_Tasks(self._ray, run, plan, journal)) as tasks:
-                    self._run(tasks, sum(map(count_jobs, plan.groups)), most, task, done)
+                    self._run(tasks, total_jobs(plan), most, task, done)
             except ConnectionError as error:
                 raise ClusterError(f"{self._address}: the connection is lost: {_one_line(error)}", _HINT) from error
             except self._ray.exceptions.RayError as error:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from l4convert.checkpoint.pages import PageBudget
 from l4convert.emit.blocks import Blocks, Done, NoRoomError, write_at
 from l4convert.emit.follow import Follower
-from l4convert.emit.jobs import count_jobs, largest_job, plan_jobs
+from l4convert.emit.jobs import largest_job, plan_jobs, total_jobs
 from l4convert.emit.journal import Journal
+from l4convert.emit.manifest import tensor_entry
 from l4convert.emit.memory import default_limit, share_memory
-from l4convert.emit.plan import PlannedTensor, WeightsPlan
+from l4convert.emit.plan import WeightsPlan
 from l4convert.emit.pool import run_jobs
 from l4convert.emit.staging import os_error, reported
 from l4convert.progress import NO_PROGRESS, Progress, Task
@@ -105,7 +106,7 @@ def write_weights(
                 tensors, whole = filler.fill(run, shared=True)
     finally:
         os.close(descriptor)
-    entries = {t.name: _entry(t, tensors[t.name]) for t in plan.tensors}
+    entries = {t.name: tensor_entry(t, tensors[t.name]) for t in plan.tensors}
     return Filled({"bytes": plan.total_bytes, "sha256": whole}, entries, filler.resumed_bytes)
 
 
@@ -182,7 +183,7 @@ class _Filler:
             with self._recording(), self._file.room():
                 run(self._done)
             with reported(f"{self._file.path.name}: cannot be read back"):
-                self._follower.done(sum(map(count_jobs, self._plan.groups)))
+                self._follower.done(total_jobs(self._plan))
                 return self._follower.result()
         finally:
             self._follower.stop()
@@ -214,8 +215,3 @@ class _Filler:
         assert self._follower is not None
         with reported(f"{self._file.path.name}: cannot be read back"):
             self._follower.done(done.index)
-
-
-def _entry(planned: PlannedTensor, sha256: str) -> dict[str, Any]:
-    dtype = planned.tensor.dtype.name
-    return {"dtype": dtype, "shape": list(planned.shape), "nbytes": planned.nbytes, "sha256": sha256}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l4convert import __version__
-from l4convert.emit.jobs import count_jobs
+from l4convert.emit.jobs import total_jobs
 from l4convert.emit.manifest import LIBRARIES
 from l4convert.emit.plan import WeightsPlan
 from l4convert.emit.staging import reported
@@ -42,5 +42,5 @@ def identify(
     facts["version of l4convert"] = __version__
     facts |= {f"version of {name}": version(name) for name in LIBRARIES}
     facts |= {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
-    facts["layout of the weights"] = [hashlib.sha256(plan.header).hexdigest(), sum(map(count_jobs, plan.groups))]
+    facts["layout of the weights"] = [hashlib.sha256(plan.header).hexdigest(), total_jobs(plan)]
     return facts

@@ -92,6 +92,11 @@ def plan_jobs(plan: WeightsPlan, first: int = 0, stop: int | None = None) -> Ite
         index += count
 
 
+def total_jobs(plan: WeightsPlan) -> int:
+    """How many jobs a plan has."""
+    return sum(map(count_jobs, plan.groups))
+
+
 def largest_job(plan: WeightsPlan) -> int:
     """The most memory that a job takes, in bytes; the first one of a group is never smaller than the others."""
     return max((next(group_jobs(group, 0)).memory for group in plan.groups), default=0)

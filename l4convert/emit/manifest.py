@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l4convert import __version__
 from l4convert.checkpoint.text import parse_object, quote, read_bytes
@@ -20,6 +20,9 @@ from l4convert.emit.digest import file_digest
 from l4convert.emit.staging import MANIFEST_FILE, reported
 from l4convert.errors import InputError
 from l4convert.progress import NO_PROGRESS, Progress
+
+if TYPE_CHECKING:
+    from l4convert.emit.plan import PlannedTensor
 
 SCHEMA = "l4convert.manifest/1"
 LIBRARIES = ("ml_dtypes", "numpy", "onnx", "onnx_ir", "safetensors")
@@ -82,6 +85,12 @@ def is_canonical(path: Path, manifest: Mapping[str, Any]) -> bool:
         return path.read_bytes() == encode_manifest(manifest)
     except (ValueError, RecursionError):  # NaN, lone surrogates, deep nesting: not written by this tool
         return False
+
+
+def tensor_entry(planned: PlannedTensor, sha256: str) -> dict[str, Any]:
+    """What a manifest says of a tensor."""
+    dtype = planned.tensor.dtype.name
+    return {"dtype": dtype, "shape": list(planned.shape), "nbytes": planned.nbytes, "sha256": sha256}
 
 
 def source_digests(files: Sequence[Path], progress: Progress = NO_PROGRESS) -> dict[str, dict[str, Any]]:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from l4convert.emit.identity import SOURCE
-from l4convert.emit.jobs import count_jobs
+from l4convert.emit.jobs import total_jobs
 from l4convert.emit.journal import Journal, Recorded, changed_facts, read_journal
 from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan
-from l4convert.emit.staging import Staging, reported, sync
+from l4convert.emit.staging import Staging, allocated_bytes, reported, sync
 from l4convert.errors import BackendMissing, ClusterError, InputError, L4Error, UsageError
 
 AGAIN = "run the same command again: it goes on from what is written"
@@ -35,7 +35,7 @@ def open_journal(staging: Staging, plan: WeightsPlan, facts: Mapping[str, Any], 
             staging.clear()
     with reported(f"{staging.journal}: cannot be written"):
         _remove_all_but_weights(staging)
-        journal = Journal(staging.journal, recorded, sum(map(count_jobs, plan.groups)))
+        journal = Journal(staging.journal, recorded, total_jobs(plan))
     try:
         with reported(f"{staging.room}: cannot be written"):
             sync(staging.room)
@@ -69,7 +69,7 @@ def _require_same(staging: Staging, recorded: Recorded, facts: Mapping[str, Any]
         named.remove("source")
     more = f" and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
     what = ", ".join("the source" if name == "source" else name for name in named[:_MAX_NAMED]) + more
-    written = (staging.folder / WEIGHTS_FILE).stat().st_blocks * 512 if (staging.folder / WEIGHTS_FILE).exists() else 0
+    written = allocated_bytes(staging.folder / WEIGHTS_FILE)
     message = f"{staging.out}: {staging.room.name} holds an unfinished run that cannot be continued; changed: {what}"
     hint = f"pass --restart to discard it ({written} bytes)"
     if files:

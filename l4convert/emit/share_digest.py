@@ -12,6 +12,7 @@ from typing import Any
 
 from l4convert.emit.blocks import count_not_finite, raise_unless_finite
 from l4convert.emit.digest import BLOCK_BYTES, RegionDigest
+from l4convert.emit.manifest import tensor_entry
 from l4convert.emit.plan import PlannedTensor, stored_of
 from l4convert.emit.share import link
 from l4convert.emit.staging import reported
@@ -108,5 +109,4 @@ def _region(digest: RegionDigest, descriptor: int, planned: PlannedTensor, stop:
 
 def _entry(planned: PlannedTensor, sha256: str) -> dict[str, Any]:
     """As that of a written tensor, and where its bytes are: the file, and its name there."""
-    described = {"dtype": planned.tensor.dtype.name, "shape": list(planned.shape), "nbytes": planned.nbytes}
-    return {**described, "sha256": sha256, "file": planned.file, "key": stored_of(planned).key}
+    return {**tensor_entry(planned, sha256), "file": planned.file, "key": stored_of(planned).key}

@@ -171,6 +171,11 @@ def require_free_disk(where: Path, needed: int, free: int) -> None:
         )
 
 
+def allocated_bytes(path: Path) -> int:
+    """Bytes of disk that a file occupies; 0 where there is none."""
+    return path.stat().st_blocks * 512 if path.exists() else 0
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

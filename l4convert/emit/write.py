@@ -19,7 +19,14 @@ from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan, plan_weights
 from l4convert.emit.resume import continued, open_journal
 from l4convert.emit.share import SHARED_PREFIX
 from l4convert.emit.share_digest import share_files
-from l4convert.emit.staging import MANIFEST_FILE, check_destination, check_free_disk, reported, staged
+from l4convert.emit.staging import (
+    MANIFEST_FILE,
+    allocated_bytes,
+    check_destination,
+    check_free_disk,
+    reported,
+    staged,
+)
 from l4convert.progress import NO_PROGRESS, Progress
 
 MODEL_FILE = "model.onnx"
@@ -85,7 +92,7 @@ def write_artifact(
         folder, path = staging.folder, staging.folder / WEIGHTS_FILE
         with open_journal(staging, plan, facts, filling.restart) as journal:
             needed = _needed_bytes(plan, contents.values(), copies.values())
-            check_free_disk(folder, needed - _allocated(path))
+            check_free_disk(folder, needed - allocated_bytes(path))
             with continued(staging, journal):
                 shared = share_files(plan.shared, folder, filling.threads, progress)
                 filled = write_weights(path, plan, progress, filling, journal)
@@ -155,11 +162,6 @@ def _needed_bytes(plan: WeightsPlan, contents: Iterable[bytes], copies: Iterable
 def manifest_reserve(plan: WeightsPlan) -> int:
     """Bytes of disk that are kept for the manifest."""
     return _MANIFEST_BYTES + _MANIFEST_LINE_BYTES * len([*plan.tensors, *plan.shared])
-
-
-def _allocated(path: Path) -> int:
-    """Bytes of disk that a file occupies; 0 where there is none."""
-    return path.stat().st_blocks * 512 if path.exists() else 0
 
 
 def _blocks(source: Path) -> Iterator[bytes]:

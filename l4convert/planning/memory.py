@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.emit.fill import Filling
-from l4convert.emit.jobs import Job, count_jobs, group_jobs
+from l4convert.emit.jobs import Job, group_jobs, largest_job, total_jobs
 from l4convert.emit.memory import default_limit, resident_bytes, share_memory
 from l4convert.emit.plan import PlannedTensor, WeightsPlan
 from l4convert.errors import UsageError
@@ -86,8 +85,8 @@ def _at_once(plan: WeightsPlan, filling: Filling) -> tuple[int, int]:
 
     One job where this machine's default limit is too small even for that.
     """
-    wanted = min(filling.jobs or len(os.sched_getaffinity(0)), sum(map(count_jobs, plan.groups)))
-    largest = max(_first_job(group).memory for group in plan.groups)
+    wanted = min(filling.threads, total_jobs(plan))
+    largest = largest_job(plan)
     try:
         share = share_memory(filling.memory_limit or default_limit(), largest)
     except UsageError:

@@ -153,6 +153,12 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+def _wait_for_lines(folder: Path, lines: int, run: subprocess.Popen[str]) -> None:
+    """Until the journal of the run that writes ``folder / "out"`` has more lines, or the run has ended."""
+    journal = folder / ".out.partial" / "journal"
+    _wait_for(lambda: (journal.exists() and journal.read_bytes().count(b"\n") > lines) or run.poll() is not None)
+
+
 def _snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -177,9 +183,8 @@ def _finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def test_a_driver_that_was_killed_goes_on_also_while_its_tasks_still_run(
     cluster: Cluster, checkpoint: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    journal = tmp_path / ".out.partial" / "journal"
     first = _start(checkpoint, tmp_path / "out", cluster.address)
-    _wait_for(lambda: (journal.exists() and journal.read_bytes().count(b"\n") > 10) or first.poll() is not None)
+    _wait_for_lines(tmp_path, 10, first)
     first.kill()
     assert _finish(first)[0] == -signal.SIGKILL
     code, out, err = _finish(_start(checkpoint, tmp_path / "out", cluster.address))
@@ -207,9 +212,8 @@ def test_a_machine_that_joined_and_is_lost(
 def test_an_interruption_leaves_what_another_run_continues(
     cluster: Cluster, checkpoint: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    journal = tmp_path / ".out.partial" / "journal"
     run = _start(checkpoint, tmp_path / "out", cluster.address)
-    _wait_for(lambda: (journal.exists() and journal.read_bytes().count(b"\n") > 5) or run.poll() is not None)
+    _wait_for_lines(tmp_path, 5, run)
     run.send_signal(signal.SIGINT)
     assert _finish(run) == (130, "", "\ninterrupted\n")
     # The cluster is not needed to go on.
