@@ -17,11 +17,11 @@ Spec = TypeVar("Spec")
 
 
 class Weight(NamedTuple):
-    """Where a float weight comes from: a stored tensor, perhaps through a ``Cast``."""
+    """Where a float weight comes from: a stored tensor, through a ``Cast`` where ``dtype`` is not the tensor's."""
 
     name: str
     tensor: LazyTensor
-    cast: bool
+    dtype: ir.DataType
 
 
 class QuantizedWeight(NamedTuple):
@@ -35,13 +35,18 @@ class QuantizedWeight(NamedTuple):
 
 def float_weight(value: ir.Value | None) -> Weight | None:
     """The stored tensor behind a value, or None where it is computed."""
-    source, cast = value, False
+    source, dtype = value, None
     node = value.producer() if value is not None else None
     if node is not None and node.op_type == "Cast" and node.domain == "":
-        source, cast = node.inputs[0], True
+        source, dtype = node.inputs[0], ir.DataType(node.attributes["to"].as_int())
     if source is None or source.producer() is not None or not isinstance(source.const_value, LazyTensor):
         return None
-    return Weight(source.name or "", source.const_value, cast)
+    return Weight(source.name or "", source.const_value, dtype or source.const_value.dtype)
+
+
+def widened(b: Builder, stored: ir.Value, like: Weight) -> ir.Value:
+    """A stored tensor in the type that another weight is computed with."""
+    return stored if stored.dtype == like.dtype else b.op("Cast", stored, to=int(like.dtype))
 
 
 def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
@@ -154,7 +159,7 @@ def map_weight(
     weight = float_weight(value)
     if weight is not None:
         stored = add_initializer(graph, f"{weight.name}_nk", layout(transposed(weight.tensor)))
-        return b.op("Cast", stored, to=int(ir.DataType.FLOAT)) if weight.cast else stored
+        return widened(b, stored, weight)
     quantized = quantized_weight(value)
     if quantized is None or len(quantized.scales.dims) != len(quantized.values.dims):
         return None

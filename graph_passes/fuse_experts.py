@@ -5,6 +5,7 @@ Two forms are known: experts already stacked, and one matrix product for each ex
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import LazyTensor, SideBySide, Stacked
 from l4convert.frontend.builder import Builder
+from l4convert.frontend.compute import compute_type
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import (
     Weight,
@@ -22,6 +24,7 @@ from l4convert.graph_passes.editing import (
     clean_up,
     float_weight,
     replace_outputs,
+    widened,
 )
 from l4convert.graph_passes.matching import Match, Mismatch, constant_of
 from l4convert.plugins.moe import definition
@@ -58,36 +61,39 @@ def _find(graph: ir.Graph, top_k: ir.Node) -> Found:
     if k is None or scores is None:
         raise Mismatch("the chosen logits are not scattered into a table of scores")
     users = [n for n, _ in scores.uses()]
+    top, compute = int(k.reshape(-1)[0]), compute_type(graph)
     if users and all(n.op_type == "Gather" for n in users):
-        return _unfused(graph, int(k.reshape(-1)[0]), scores, len(users))
-    return _stacked(int(k.reshape(-1)[0]), scores)
+        return _unfused(graph, MoESpec(len(users), 0, 0, top, compute=compute), scores)
+    return _stacked(MoESpec(0, 0, 0, top, compute=compute), scores)
 
 
-def _stacked(k: int, scores: ir.Value) -> Found:
+def _stacked(spec: MoESpec, scores: ir.Value) -> Found:
     output = _follow(scores, "ReduceSum", 1)
     inputs = Inputs(*(ir.Value(name=name) for name in Inputs._fields))
     match = Match(inputs)
-    match.unify(definition.build(Builder(), MoESpec(0, 0, 0, k), inputs), output)
+    match.unify(definition.build(Builder(), spec, inputs), output)
     bound = Inputs(*(match[x] for x in inputs))
     _require_same_router(bound.router_logits, scores)
     down = float_weight(bound.down)
     if down is None or len(down.tensor.dims) != 3 or float_weight(bound.gate_up) is None:
         raise Mismatch("the experts' weights are not stored tensors")
     experts, width, hidden = down.tensor.dims
-    return Found(MoESpec(experts, hidden, width, k), bound, output)
+    spec = dataclasses.replace(spec, num_experts=experts, hidden_size=hidden, intermediate_size=width)
+    return Found(spec, bound, output)
 
 
-def _unfused(graph: ir.Graph, k: int, scores: ir.Value, count: int) -> Found:
+def _unfused(graph: ir.Graph, spec: MoESpec, scores: ir.Value) -> Found:
+    count = spec.num_experts
     output = _follow(scores, "Add", count - 1) if count > 1 else _follow(scores, "MatMul", 2)
     x, logits = ir.Value(name="x"), ir.Value(name="router_logits")
     experts = [Expert(*(ir.Value(name=f"{n}_{e}") for n in Expert._fields)) for e in range(count)]
     match = Match([x, logits, *(w for e in experts for w in e)])
-    pattern = definition.build_unfused(Builder(), MoESpec(count, 0, 0, k), x, logits, experts)
+    pattern = definition.build_unfused(Builder(), spec, x, logits, experts)
     match.unify(pattern, output)
     _require_same_router(match[logits], scores)
     _require_all_experts(match[logits], count)
     weights = [[_stored(match[w]) for w in expert] for expert in experts]
-    kinds = {(w.tensor.dtype, w.cast) for expert in weights for w in expert}
+    kinds = {(w.tensor.dtype, w.dtype) for expert in weights for w in expert}
     shapes = {tuple(w.tensor.dims for w in expert) for expert in weights}
     if len(kinds) != 1 or len(shapes) != 1:
         raise Mismatch("the experts' weights are of different dtypes or shapes")
@@ -101,7 +107,8 @@ def _unfused(graph: ir.Graph, k: int, scores: ir.Value, count: int) -> Found:
     ]
     graph.extend(b.nodes)
     _, width, hidden = down.dims
-    return Found(MoESpec(count, hidden, width, k), Inputs(match[x], match[logits], *stacked), output)
+    spec = dataclasses.replace(spec, hidden_size=hidden, intermediate_size=width)
+    return Found(spec, Inputs(match[x], match[logits], *stacked), output)
 
 
 def _require_same_router(router_logits: ir.Value, scores: ir.Value) -> None:
@@ -129,8 +136,7 @@ def _stored(value: ir.Value) -> Weight:
 
 
 def _widened(b: Builder, graph: ir.Graph, name: str, tensor: LazyTensor, like: Weight) -> ir.Value:
-    value = add_initializer(graph, name, tensor)
-    return b.op("Cast", value, to=int(ir.DataType.FLOAT)) if like.cast else value
+    return widened(b, add_initializer(graph, name, tensor), like)
 
 
 def _follow(value: ir.Value, op_type: str, times: int) -> ir.Value:

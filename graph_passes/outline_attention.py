@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
+from l4convert.frontend.compute import ComputeType, compute_type
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import add_function, attributes_of, clean_up, replace_outputs
 from l4convert.graph_passes.matching import Match, Mismatch, constant_of
@@ -31,7 +32,7 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
     outcome = Outcome()
     for node in [n for n in model.graph if n.op_type == "Attention" and n.domain == ""]:
         try:
-            pattern, match = _match(node)
+            pattern, match = _match(node, compute_type(model.graph))
         except Mismatch as reason:
             outcome.skip(node.name, str(reason))
             continue
@@ -41,11 +42,11 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
     return outcome
 
 
-def _match(node: ir.Node) -> tuple[Pattern, Match]:
+def _match(node: ir.Node, compute: ComputeType) -> tuple[Pattern, Match]:
     reasons = []
     for kv_cache in get_args(KvCache):
         try:
-            pattern = make_pattern(read_spec(node, kv_cache))
+            pattern = make_pattern(read_spec(node, kv_cache, compute))
             match = Match([x for x in pattern.inputs if x is not None])
             merged = _only_user(_only_user(node.outputs[0], "Transpose"), "Reshape")
             match.unify(pattern.outputs[0], merged)
@@ -87,7 +88,7 @@ def _outline(model: ir.Model, node: ir.Node, pattern: Pattern, match: Match) -> 
     replace_outputs(results, outputs)
 
 
-def read_spec(node: ir.Node, kv_cache: KvCache) -> AttentionSpec:
+def read_spec(node: ir.Node, kv_cache: KvCache, compute: ComputeType = "float32") -> AttentionSpec:
     """The attributes that the nodes around an ``Attention`` node would have to have been built from.
 
     Only a guess: the match that follows compares every node with the definition for these attributes.
@@ -113,6 +114,7 @@ def read_spec(node: ir.Node, kv_cache: KvCache) -> AttentionSpec:
         floor_scale=floor_scale,
         attn_scale=attn_scale,
         kv_cache=kv_cache,
+        compute=compute,
     )
 
 

@@ -10,11 +10,12 @@ import dataclasses
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, Reshaped, transposed
+from l4convert.checkpoint.lazy import LazyTensor, Reshaped, cast, transposed
 from l4convert.frontend.builder import Builder
+from l4convert.frontend.compute import compute_type
 from l4convert.graph_passes import fuse_experts
 from l4convert.graph_passes.base import Outcome
-from l4convert.graph_passes.editing import add_initializer, clean_up, float_weight, spec_of
+from l4convert.graph_passes.editing import Weight, add_initializer, clean_up, float_weight, spec_of
 from l4convert.plugins.moe import definition as moe
 from l4convert.plugins.moe.definition import MoESpec
 from l4convert.quantization.activations import round_per_token
@@ -56,6 +57,7 @@ class _Quantizer:
         self.model, self.graph = model, model.graph
         self.recipe = recipe
         self.outcome = outcome
+        self.compute = compute_type(model.graph)
         self.dequantized: dict[str, ir.Value] = {}
         self.schemes: dict[ir.Value, Scheme] = {}
         self.rounded: dict[ir.Value, ir.Value] = {}
@@ -72,7 +74,7 @@ class _Quantizer:
             return
         if weight.name not in self.dequantized:
             b = Builder(weight.name)
-            value = dequantize(b, self.graph, weight.name, weight.tensor, scheme)
+            value = dequantize(b, self.graph, weight, scheme)
             self.graph.insert_before(node, b.nodes)
             self.dequantized[weight.name], self.schemes[value] = value, scheme
             self.outcome.fired += 1
@@ -85,7 +87,7 @@ class _Quantizer:
         assert source is not None  # MatMul's first input is not optional
         if source not in self.rounded:
             b = Builder(f"{source.name}/rounded")
-            self.rounded[source] = round_per_token(b, source, width)
+            self.rounded[source] = round_per_token(b, source, width, self.compute)
             self.graph.insert_before(node, b.nodes)
         node.replace_input_with(0, self.rounded[source])
 
@@ -113,25 +115,29 @@ class _Quantizer:
                 self.outcome.skip(name, "no matrix product takes it as its second operand")
 
 
-def dequantize(b: Builder, graph: ir.Graph, name: str, weight: LazyTensor, scheme: Scheme) -> ir.Value:
+def dequantize(b: Builder, graph: ir.Graph, weight: Weight, scheme: Scheme) -> ir.Value:
     """Append the ``DequantizeLinear`` of a weight [..,K,N] under a scheme; its tensors stay lazy.
+
+    Scales are stored in the type that the weight is computed with, which is what ``DequantizeLinear`` gives.
 
     INT4 has blocks along K. FP8 has one scale for each column: a scale vector for a matrix, one block as long as K for
     stacked experts, which ONNX cannot say otherwise.
     """
-    axis, depth = len(weight.dims) - 2, weight.dims[-2]
-    k_last = transposed(weight)
+    name, (*lead, depth, width) = weight.name, weight.tensor.dims
+    axis = len(lead)
+    k_last = transposed(weight.tensor)
     if scheme.kind == "int4":
         values, scales = quantize_int4(k_last, scheme.block_size, scheme.scale)
         attributes = {"axis": axis, "block_size": scheme.block_size}
         scales = transposed(scales)
     else:
         values, scales = quantize_fp8(k_last)
-        if len(weight.dims) == 2:
-            attributes, scales = {"axis": 1}, Reshaped(scales, [weight.dims[-1]])
+        if not lead:
+            attributes, scales = {"axis": 1}, Reshaped(scales, [width])
         else:
             attributes, scales = {"axis": axis, "block_size": depth}, transposed(scales)
     values.name = scales.name = None
+    scales = cast(scales, weight.dtype)
     stored = add_initializer(graph, f"{name}_{scheme.kind}", transposed(values))
     scale = add_initializer(graph, f"{name}_scale", scales)
     return b.op("DequantizeLinear", stored, scale, name="dequantized", **attributes)

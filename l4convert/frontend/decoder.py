@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import onnx_ir as ir
@@ -11,6 +11,7 @@ from l4convert.checkpoint.config import DecoderConfig, LayerConfig
 from l4convert.checkpoint.lazy import Constant, LazyTensor, transposed
 from l4convert.errors import InputError
 from l4convert.frontend.builder import Builder, initializer
+from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType, to_float32
 from l4convert.frontend.rope import rotary_tables
 from l4convert.plugins.long_context_attention import definition as attention
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, KvCache
@@ -26,7 +27,11 @@ Experts = Literal["stacked", "unfused"]
 
 
 def build_decoder(
-    config: DecoderConfig, tensors: Mapping[str, LazyTensor], experts: Experts, kv_cache: KvCache
+    config: DecoderConfig,
+    tensors: Mapping[str, LazyTensor],
+    experts: Experts,
+    kv_cache: KvCache,
+    compute: ComputeType = "float32",
 ) -> ir.Model:
     """Build the canonical graph: standard ONNX ops only, inputs and outputs as DESIGN section 5 says.
 
@@ -35,21 +40,29 @@ def build_decoder(
         tensors: Canonical names (those of transformers' ``Llama4ForCausalLM``) to lazy tensors.
         experts: Whether ``tensors`` holds stacked experts or one matrix each.
         kv_cache: The form of the cache.
+        compute: The type of activations and caches. Logits are float32 whatever it is, and so is the router.
 
     Raises:
         InputError: A layer layout that the graph cannot express.
     """
-    return _Decoder(config, tensors, experts, kv_cache).model()
+    return _Decoder(config, tensors, experts, kv_cache, compute).model()
 
 
 class _Decoder:
     def __init__(
-        self, config: DecoderConfig, tensors: Mapping[str, LazyTensor], experts: Experts, kv_cache: KvCache
+        self,
+        config: DecoderConfig,
+        tensors: Mapping[str, LazyTensor],
+        experts: Experts,
+        kv_cache: KvCache,
+        compute: ComputeType,
     ) -> None:
         self.config = config
         self.tensors = tensors
         self.experts = experts
         self.kv_cache: KvCache = kv_cache
+        self.compute: ComputeType = compute
+        self.dtype = COMPUTE_TYPES[compute]
         self.b = Builder()
         self.initializers: dict[str, ir.Value] = {}
         self.inputs = [
@@ -62,15 +75,14 @@ class _Decoder:
         config, b = self.config, self.b
         input_ids, attention_mask = self.inputs
         positions = token_positions(b, attention_mask)
-        table = self.weight("model.embed_tokens.weight")
-        hidden = self.widen(b.op("Gather", table, input_ids, axis=0, name="embed_tokens"), table)
+        table = self.stored("model.embed_tokens.weight")
+        hidden = self.cast(b.op("Gather", table, input_ids, axis=0, name="embed_tokens"), table, self.dtype)
         for number, layer in enumerate(config.layers):
             with b.scope(f"layers.{number}"):
                 hidden = self.layer(number, layer, hidden, positions)
         hidden = self.norm("model.norm.weight", hidden)
-        logits = _named(
-            b.op("MatMul", hidden, self.head(), name="lm_head"), "logits", ["batch", "sequence", config.vocab_size]
-        )
+        logits = to_float32(b, b.op("MatMul", hidden, self.head(), name="lm_head"), self.compute)
+        logits = _named(logits, "logits", ir.DataType.FLOAT, ["batch", "sequence", config.vocab_size])
         graph = ir.Graph(
             self.inputs,
             [logits, *self.outputs],
@@ -93,16 +105,15 @@ class _Decoder:
 
     def attention(self, number: int, layer: LayerConfig, hidden: ir.Value, positions: ir.Value) -> ir.Value:
         prefix = f"model.layers.{number}.self_attn"
-        spec = attention_spec(self.config, layer, self.kv_cache)
+        spec = attention_spec(self.config, layer, self.kv_cache, self.compute)
         query, key, value = (self.linear(f"{prefix}.{p}_proj", hidden) for p in "qkv")
         past_key, past_value = self.cache_inputs(number, layer)
         cos, sin = self.rotary(number, layer)
         inputs = attention.Inputs(query, key, value, past_key, past_value, positions, cos, sin)
         merged, present_key, present_value = attention.build(self.b, spec, inputs)
         for name, present in (("key", present_key), ("value", present_value)):
-            self.outputs.append(
-                _named(present, f"present.{number}.{name}", self.cache_shape("present_sequence", layer))
-            )
+            shape = self.cache_shape("present_sequence", layer)
+            self.outputs.append(_named(present, f"present.{number}.{name}", self.dtype, shape))
         return self.linear(f"{prefix}.o_proj", merged)
 
     def cache_inputs(self, number: int, layer: LayerConfig) -> list[ir.Value]:
@@ -110,7 +121,7 @@ class _Decoder:
         growing = self.kv_cache == "growing"
         shape = [batch, "past_heads", length, "past_head_dim"] if growing else [batch, heads, length, width]
         names = (f"past_key_values.{number}.{name}" for name in ("key", "value"))
-        values = [_value(name, ir.DataType.FLOAT, shape) for name in names]
+        values = [_value(name, self.dtype, shape) for name in names]
         self.inputs += values
         # A client that does not know Llama 4 (optimum) may start with an empty past of another shape.
         return [self.b.reshape(value, [0, int(heads), -1, int(width)]) for value in values] if growing else values
@@ -142,13 +153,19 @@ class _Decoder:
     def experts_block(self, prefix: str, hidden: ir.Value) -> ir.Value:
         config, b = self.config, self.b
         tokens = b.reshape(hidden, [-1, config.hidden_size])
-        logits = b.op("MatMul", tokens, self.matrix(f"{prefix}.router.weight"), name="router")
+        # In float32 whatever the compute type is: rounded logits would send some tokens to other experts.
+        router = self.matrix(f"{prefix}.router.weight", ir.DataType.FLOAT)
+        logits = b.op("MatMul", to_float32(b, tokens, self.compute), router, name="router")
         spec = moe.MoESpec(
-            config.num_local_experts, config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+            num_experts=config.num_local_experts,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            top_k=config.num_experts_per_tok,
+            compute=self.compute,
         )
         with b.scope("experts"):
             if self.experts == "stacked":
-                weights = [self.wide_weight(f"{prefix}.experts.{n}_proj") for n in ("gate_up", "down")]
+                weights = [self.weight(f"{prefix}.experts.{n}_proj") for n in ("gate_up", "down")]
                 routed = moe.build(b, spec, moe.Inputs(tokens, logits, *weights))
             else:
                 routed = moe.build_unfused(b, spec, tokens, logits, list(self.unfused(f"{prefix}.experts")))
@@ -164,46 +181,49 @@ class _Decoder:
 
     def swiglu(self, prefix: str, hidden: ir.Value) -> ir.Value:
         gate, up = (self.linear(f"{prefix}.{n}_proj", hidden) for n in ("gate", "up"))
-        return self.linear(f"{prefix}.down_proj", moe.swiglu(self.b, gate, up))
+        return self.linear(f"{prefix}.down_proj", moe.swiglu(self.b, gate, up, self.compute))
 
     def linear(self, prefix: str, hidden: ir.Value) -> ir.Value:
         """``hidden @ weight.T + bias``, the bias where the checkpoint has one."""
         product = self.b.op("MatMul", hidden, self.matrix(f"{prefix}.weight"), name=prefix.rpartition(".")[2])
         bias = f"{prefix}.bias"
-        return self.b.op("Add", product, self.wide_weight(bias)) if bias in self.tensors else product
+        return self.b.op("Add", product, self.weight(bias)) if bias in self.tensors else product
 
     def norm(self, name: str, hidden: ir.Value) -> ir.Value:
-        scale = self.wide_weight(name)
+        scale = self.weight(name)
         epsilon = self.config.rms_norm_eps
         return self.b.op("RMSNormalization", hidden, scale, axis=-1, epsilon=epsilon, name=name.split(".")[-2])
 
     def head(self) -> ir.Value:
         if not self.config.tie_word_embeddings:
             return self.matrix("lm_head.weight")
-        return self.b.op("Transpose", self.wide_weight("model.embed_tokens.weight"), perm=[1, 0])
+        return self.b.op("Transpose", self.weight("model.embed_tokens.weight"), perm=[1, 0])
 
-    def matrix(self, name: str) -> ir.Value:
+    def matrix(self, name: str, dtype: ir.DataType | None = None) -> ir.Value:
         """A weight of ``torch.nn.Linear``, [out,in], as MatMul takes it: [in,out]."""
-        if name not in self.initializers:
-            self.initializers[name] = initializer(name, transposed(self.tensors[name]))
-        return self.widen(self.initializers[name], self.initializers[name])
+        stored = self.stored(name, transposed)
+        return self.cast(stored, stored, dtype or self.dtype)
 
     def weight(self, name: str) -> ir.Value:
+        stored = self.stored(name)
+        return self.cast(stored, stored, self.dtype)
+
+    def stored(self, name: str, layout: Callable[[LazyTensor], LazyTensor] = lambda tensor: tensor) -> ir.Value:
+        """A weight in the checkpoint's own type."""
         if name not in self.initializers:
-            self.initializers[name] = initializer(name, self.tensors[name])
+            self.initializers[name] = initializer(name, layout(self.tensors[name]))
         return self.initializers[name]
 
-    def wide_weight(self, name: str) -> ir.Value:
-        return self.widen(self.weight(name), self.weight(name))
-
-    def widen(self, value: ir.Value, weight: ir.Value) -> ir.Value:
-        """To float32, in which the graph computes: weights stay in the checkpoint's dtype on disk."""
-        if weight.dtype == ir.DataType.FLOAT:
+    def cast(self, value: ir.Value, weight: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """What comes from a weight, in the type it is computed with: weights keep the checkpoint's type on disk."""
+        if weight.dtype == dtype:
             return value
-        return self.b.op("Cast", value, to=int(ir.DataType.FLOAT), name=f"{value.name}/cast")
+        return self.b.op("Cast", value, to=int(dtype), name=f"{value.name}/cast")
 
 
-def attention_spec(config: DecoderConfig, layer: LayerConfig, kv_cache: KvCache) -> AttentionSpec:
+def attention_spec(
+    config: DecoderConfig, layer: LayerConfig, kv_cache: KvCache, compute: ComputeType = "float32"
+) -> AttentionSpec:
     """The attributes of one layer's attention."""
     tuned = config.attn_temperature_tuning and not layer.rope
     return AttentionSpec(
@@ -216,6 +236,7 @@ def attention_spec(config: DecoderConfig, layer: LayerConfig, kv_cache: KvCache)
         floor_scale=float(config.floor_scale) if tuned else 1.0,
         attn_scale=config.attn_scale if tuned else 0.0,
         kv_cache=kv_cache,
+        compute=compute,
     )
 
 
@@ -230,6 +251,6 @@ def _value(name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
-def _named(value: ir.Value, name: str, shape: list[str | int]) -> ir.Value:
-    value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+def _named(value: ir.Value, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
     return value

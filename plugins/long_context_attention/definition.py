@@ -4,8 +4,9 @@ Inputs (B sequences, S new tokens, T tokens seen by the attention mask, D = head
     query [B,S,Hq*D], key and value [B,S,Hk*D]: projections, not yet rotated.
     past_key, past_value [B,Hk,P,D]: the cache before the call, in the form ``spec.kv_cache``.
     positions [B,T] int64: each token's position in its sequence, counted from 0; -1 is padding. The last S are new.
-    cos, sin [rows, D/2]: rotary tables; RoPE layers only.
+    cos, sin [rows, D/2]: rotary tables, float32; RoPE layers only.
 Outputs: attention [B,S,Hq*D], present_key, present_value [B,Hk,P',D].
+All but positions and tables are of the type ``spec.compute``; rotation, norm and temperature are float32 inside.
 
 Query position p sees key position k when k <= p and, in a chunked layer, floor(k/C) == floor(p/C). In a chunked layer
 ``p mod C`` stands for p in the rotation: a score depends on the difference of two positions of one chunk only.
@@ -20,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
+from l4convert.frontend.compute import ComputeType, from_float32, to_float32
 from l4convert.plugins.long_context_attention import kv_cache
 
 DOMAIN = "l4convert"
@@ -38,6 +40,7 @@ class AttentionSpec:
         qk_norm_eps: Epsilon of the weightless RMS norm over D, or 0 for none.
         floor_scale, attn_scale: Temperature tuning of the query; attn_scale 0 for none.
         kv_cache: The form of the cache (DESIGN section 5).
+        compute: The type of query, key, value, caches and output.
     """
 
     num_heads: int
@@ -49,12 +52,14 @@ class AttentionSpec:
     floor_scale: float
     attn_scale: float
     kv_cache: KvCache
+    compute: ComputeType = "float32"
 
     @property
     def overload(self) -> str:
         """Names the function among the variants of the op; layers of one kind share one function."""
         reach = f"chunked{self.chunk_size}" if self.chunk_size else "global"
-        return "_".join([reach, "rope" if self.rope else "nope", self.kv_cache])
+        narrow = [] if self.compute == "float32" else [self.compute]
+        return "_".join([reach, "rope" if self.rope else "nope", self.kv_cache, *narrow])
 
     @property
     def scale(self) -> float:
@@ -105,6 +110,12 @@ def prepare_heads(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Heads:
     new_tokens = b.op("Neg", b.dim(inputs.query, 1))
     positions = b.slice(inputs.positions, new_tokens, None, axis=1)
     query, key = inputs.query, inputs.key
+    query_is_changed = spec.rope or bool(spec.qk_norm_eps) or bool(spec.attn_scale)
+    key_is_changed = spec.rope or bool(spec.qk_norm_eps)
+    if query_is_changed:
+        query = to_float32(b, query, spec.compute)
+    if key_is_changed:
+        key = to_float32(b, key, spec.compute)
     if spec.rope:
         row = b.op("Max", positions, b.constant(0))  # padding has position -1, which no table has
         if spec.chunk_size:
@@ -122,6 +133,10 @@ def prepare_heads(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Heads:
         key = b.op("RMSNormalization", key, ones, axis=-1, epsilon=spec.qk_norm_eps)
     if spec.attn_scale:
         query = b.op("Mul", query, temperature(b, spec, positions))
+    if query_is_changed:
+        query = from_float32(b, query, spec.compute)
+    if key_is_changed:
+        key = from_float32(b, key, spec.compute)
     return Heads(query, key, value, positions)
 
 
