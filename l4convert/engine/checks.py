@@ -71,8 +71,8 @@ def require_gpu_memory(hardware: Hardware, weights: int, caches: int, engine: st
     memory = hardware.memory_bytes
     if memory is not None and weights + caches > memory:
         raise UsageError(
-            f"{hardware.name}: {engine} needs {format_amount(weights, "B")} for weights and {format_amount(caches, "B")} for caches, the GPU has"
-            f" {format_amount(memory, "B")}",
+            f"{hardware.name}: {engine} needs {format_amount(weights, 'B')} for weights and {format_amount(caches, 'B')} for caches, the GPU has"
+            f" {format_amount(memory, 'B')}",
             "lower --max-context or --max-batch, or cut the model with --layers-per-engine",
         )
 

@@ -14,7 +14,7 @@ from l4convert.emit.staging import reported
 from l4convert.emit.write import MODEL_FILE
 from l4convert.engine.backend import Backend, set_capability
 from l4convert.engine.jobs import EngineJob
-from l4convert.engine.log import BuildLog, make_logger
+from l4convert.engine.log import BuildLog, make_logger, native_output
 from l4convert.engine.monitor import TOTAL, Steps, make_monitor
 from l4convert.engine.plan_file import PlanFile, make_writer, plan_file, publish
 from l4convert.errors import InputError, UsageError
@@ -47,6 +47,7 @@ def compile_engine(out: Path, job: EngineJob, backend: Backend, progress: Progre
         reported(f"{path}: cannot be written"),
         BuildLog(path.with_suffix(".log")) as log,
         progress.task(f"Building {job.title}", total=TOTAL, unit="%") as task,
+        native_output(log.path),
     ):
         cancelled = threading.Event()
         steps = Steps(task, f"Building {job.title}", cancelled)
