@@ -15,6 +15,7 @@ from l4convert.engine.network import is_cache
 from l4convert.engine.segments import HIDDEN_INPUT, HIDDEN_OUTPUT
 from l4convert.errors import CheckFailed, InputError, backend_missing
 from l4convert.progress import Progress
+from l4convert.runtime.caches import ort_value
 from l4convert.runtime.cpu_form import to_cpu_form
 from l4convert.runtime.session import SETTINGS
 
@@ -24,6 +25,7 @@ TOLERANCE = 1e-6
 # Slots of the caches, and new tokens of the two calls: a prefill and a decode step.
 _SLOTS = 16
 _CALLS = (7, 1)
+_WIDE = "/float32"
 _FOLDER_SETTING = "session.model_external_initializers_file_folder_path"
 Arrays = dict[str, np.ndarray]
 
@@ -56,26 +58,28 @@ def _compare(name: str, expected: np.ndarray, actual: np.ndarray) -> None:
         )
 
 
-def _calls(models: list[onnx.ModelProto], weights: Path, vocabulary: int, advance: Any) -> Arrays:
+def _calls(models: list[onnx.ModelProto], weights: Path, vocabulary: int, advance: Callable[[float], None]) -> Arrays:
     """Logits and caches after each call of a chain of graphs, in float32; one graph is in memory at a time."""
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, sum(_CALLS)))
-    hidden: list[np.ndarray | None] = [None] * len(_CALLS)
+    starts = np.cumsum((0, *_CALLS[:-1]))
+    # What the first graph reads in each call; then what each graph hands on to the next.
+    handed: list[dict[str, Any]] = [
+        {"input_ids": ort_value(ids[:, start : start + count])} for start, count in zip(starts, _CALLS, strict=True)
+    ]
     results: Arrays = {}
-    for model in models:
+    for model in map(_probe, models):
         session = _load(model, weights)
-        caches = {value.name: _empty(value) for value in model.graph.input if is_cache(value.name)}
-        done = 0
-        for call, count in enumerate(_CALLS):
-            feeds: Arrays = {"attention_mask": np.ones((1, done + count), np.int64), **caches}
-            if hidden[call] is None:
-                feeds["input_ids"] = ids[:, done : done + count]
-            else:
-                feeds[HIDDEN_INPUT] = hidden[call]
-            outputs = _run(session, feeds, weights)
-            hidden[call] = outputs.pop(HIDDEN_OUTPUT, None)
+        caches = {value.name: ort_value(_empty(value)) for value in model.graph.input if is_cache(value.name)}
+        for call, (start, count) in enumerate(zip(starts, _CALLS, strict=True)):
+            mask = ort_value(np.ones((1, start + count), np.int64))
+            outputs = _run(session, {"attention_mask": mask, **handed[call], **caches}, weights)
+            handed[call] = {HIDDEN_INPUT: outputs.pop(HIDDEN_OUTPUT, None)}
             caches = {name: outputs[name.replace("past_key_values.", "present.")] for name in caches}
-            results |= {f"call {call}: {name}": np.asarray(value, np.float32) for name, value in outputs.items()}
-            done += count
+            results |= {
+                f"call {call}: {name.removesuffix(_WIDE)}": value.numpy()
+                for name, value in outputs.items()
+                if name.endswith(_WIDE)
+            }
         advance(1)
     return results
 
@@ -100,10 +104,10 @@ def _load(model: onnx.ModelProto, weights: Path) -> Any:
     )
 
 
-def _run(session: Any, feeds: Arrays, weights: Path) -> Arrays:
-    taken = {value.name for value in session.get_inputs()}
-    values = _reported(lambda: session.run(None, {k: v for k, v in feeds.items() if k in taken}), weights)
-    return dict(zip([value.name for value in session.get_outputs()], values, strict=True))
+def _run(session: Any, feeds: dict[str, Any], weights: Path) -> dict[str, Any]:
+    """Feed and fetch ``OrtValue``s, which NumPy need not know the type of."""
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, _reported(lambda: session.run_with_ort_values(names, feeds), weights), strict=True))
 
 
 def _reported(action: Callable[[], Any], weights: Path) -> Any:
@@ -116,8 +120,26 @@ def _reported(action: Callable[[], Any], weights: Path) -> Any:
         ) from error
 
 
+def _probe(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with caches of a few slots, so that checking takes little more memory than the weights.
+
+    Its outputs are there in float32, too: NumPy, and so ONNX Runtime's Python, cannot read bfloat16.
+    """
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    probe.graph.ClearField("value_info")
+    for value in (*probe.graph.input, *probe.graph.output):
+        if is_cache(value.name):
+            length = value.type.tensor_type.shape.dim[2]
+            length.dim_value = min(_SLOTS, length.dim_value)
+    for name in [value.name for value in probe.graph.output if value.name != HIDDEN_OUTPUT]:
+        probe.graph.node.append(onnx.helper.make_node("Cast", [name], [name + _WIDE], to=onnx.TensorProto.FLOAT))
+        probe.graph.output.append(onnx.helper.make_tensor_value_info(name + _WIDE, onnx.TensorProto.FLOAT, None))
+    return probe
+
+
 def _empty(cache: onnx.ValueInfoProto) -> np.ndarray:
-    """A cache of the check's own length, for a batch of one."""
-    dims = cache.type.tensor_type.shape.dim
+    """A cache for a batch of one."""
+    _, heads, slots, width = (dim.dim_value for dim in cache.type.tensor_type.shape.dim)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(cache.type.tensor_type.elem_type)
-    return np.zeros((1, dims[1].dim_value, min(_SLOTS, dims[2].dim_value), dims[3].dim_value), dtype)
+    return np.zeros((1, heads, slots, width), dtype)
