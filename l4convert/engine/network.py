@@ -17,7 +17,7 @@ GLOBAL_LENGTH = "max_sequence"
 CHUNKED_LENGTH = "chunked_max_sequence"
 FUNCTION_DOMAIN = "l4convert"
 
-_BITS = {
+_BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT: 32,
     onnx.TensorProto.FLOAT16: 16,
     onnx.TensorProto.BFLOAT16: 16,
@@ -34,7 +34,7 @@ _BITS = {
     onnx.TensorProto.FLOAT4E2M1: 4,
 }
 # ONNX type -> the precision of hardware profiles that it needs; other types run everywhere.
-_PRECISIONS = {
+_PRECISIONS: dict[int, str] = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
