@@ -139,7 +139,7 @@ def test_other_inputs_or_another_builder_are_another_engine(stubbed: Callable[[s
         ("crash", "h100 decoder: the builder crashed (SIGSEGV)"),
         (
             "parse",
-            "layers.0/experts (MoE): the parser refuses it: Plugin not found, are the name and version correct? (and 1 more)",
+            "(MoE): the parser refuses it: Plugin not found, are the name and version correct? (and 1 more)",
         ),
     ],
 )
