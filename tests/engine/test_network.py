@@ -48,7 +48,7 @@ def _model() -> onnx.ModelProto:
 def test_weights_are_counted_by_kind() -> None:
     facts = graph_facts(_model())
     assert facts.quantized_weights == 64 * 3 + 2 * 4 * 5 * 8
-    assert facts.int4_bytes == 64 * 3 // 2
+    assert facts.packed_bytes == 64 * 3 // 2 + 2 * 4 * 5 * 4
     assert facts.unquantized_bytes == 7 * 4 + 2 * 2  # the norm, and the scalar in both branches
     assert facts.weights_bytes == 96 + 12 + 160 + 20 + 28 + 4
     assert facts.precisions == {"int4", "fp16", "fp32", "bf16", "fp8"}
