@@ -111,15 +111,17 @@ def set_capacity(model: onnx.ModelProto, capacity: Capacity) -> None:
             )
 
 
-def keep_plugin_nodes(model: onnx.ModelProto) -> None:
-    """Remove the definitions of our own operators, in place, so that TensorRT looks for plugins of these names.
+def with_plugin_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without the definitions of our own operators, so that TensorRT looks for plugins of these names.
 
     Its parser takes a function of the model before a plugin of the same name (onnx-tensorrt, ModelImporter.cpp,
     parseNode).
     """
-    kept = [function for function in model.functions if function.domain != FUNCTION_DOMAIN]
-    del model.functions[:]
-    model.functions.extend(kept)
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.functions[:]
+    bare.functions.extend(function for function in model.functions if function.domain != FUNCTION_DOMAIN)
+    return bare
 
 
 def is_cache(name: str) -> bool:
@@ -169,7 +171,7 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
 def _codes(tensor: onnx.TensorProto) -> int:
     """How many quantized weights a tensor holds."""
     each = _codes_a_word(tensor) or int(_PRECISIONS.get(tensor.data_type) in _QUANTIZED)
-    return math.prod(tensor.dims) * each
+    return int(math.prod(tensor.dims)) * each
 
 
 def _codes_a_word(tensor: onnx.TensorProto) -> int:
