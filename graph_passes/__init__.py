@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from l4convert.graph_passes import (
     fuse_experts,
     inline_functions,
@@ -11,8 +13,10 @@ from l4convert.graph_passes import (
     outline_attention,
     quantize_weights,
     split_activation_scales,
+    widen_dequantization,
 )
 from l4convert.graph_passes.base import Pass, PassReport
+from l4convert.graph_passes.providers import CUDA
 
 __all__ = ["CANONICAL_PASSES", "LOWERING_PASSES", "PASSES", "Pass", "PassReport"]
 
@@ -49,9 +53,24 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         lower_moe_to_qmoe.run,
     ),
     Pass(
+        "lower_attention_to_cuda_gqa",
+        "the same for the CUDA provider, whose kernel rotates and norms query and key itself",
+        partial(lower_attention_to_gqa.run, provider=CUDA),
+    ),
+    Pass(
+        "lower_moe_to_cuda_qmoe",
+        "MoE becomes QMoE or MoE as the CUDA provider takes them",
+        partial(lower_moe_to_qmoe.run, provider=CUDA),
+    ),
+    Pass(
         "lower_matmul_to_nbits",
         "MatMul with an INT4 matrix becomes ONNX Runtime's MatMulNBits",
         lower_matmul_to_nbits.run,
+    ),
+    Pass(
+        "widen_dequantization",
+        "DequantizeLinear to bfloat16, which ONNX Runtime does not have, goes through float32",
+        widen_dequantization.run,
     ),
     Pass(
         "split_activation_scales",

@@ -15,7 +15,7 @@ CONTRIB = "com.microsoft"
 
 
 def run(model: ir.Model, recipe: Recipe) -> Outcome:
-    """Replace every ``MatMul`` whose second operand is a stored INT4 matrix; activations stay float32."""
+    """Replace every ``MatMul`` whose second operand is a stored INT4 matrix; activations keep their type."""
     outcome = Outcome()
     for node in [n for n in model.graph if n.op_type == "MatMul" and n.domain == ""]:
         weight = quantized_weight(node.inputs[1])

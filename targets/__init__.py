@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from l4convert.graph_passes import PASSES, Pass
-from l4convert.targets import cpu, portable
+from l4convert.targets import cpu, cuda, portable
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("cpu", cpu.SUMMARY, _passes(cpu.LOWERING)),
+        Target("cuda", cuda.SUMMARY, _passes(cuda.LOWERING), cuda.KV_CACHES),
         Target("portable", portable.SUMMARY, _passes(portable.LOWERING)),
     )
 }
