@@ -10,7 +10,8 @@ What else a kernel can do differs between providers (``providers``). Where it ha
 only where plain causal attention is right. Where it prepares heads itself, it is given the projections, the rotary
 tables, and a norm whose weights are ones.
 
-Lengths are computed outside the ``If``, where layers of one kind share them.
+What the kernel is told about a call, and whether it can do it, is computed once for all layers of a kind: they see the
+same tokens, and their caches are of one size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import onnx_ir as ir
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import COMPUTE_TYPES, from_float32
 from l4convert.graph_passes.base import Outcome
-from l4convert.graph_passes.editing import clean_up, replace_node, spec_of
+from l4convert.graph_passes.editing import attention_calls, clean_up, replace_node
 from l4convert.graph_passes.providers import CPU, Provider
 from l4convert.plugins.long_context_attention import definition, kv_cache
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, Heads, Inputs
@@ -40,10 +41,12 @@ class Call(NamedTuple):
 
     Attributes:
         applies: bool [1], whether the kernel can do it.
-        last: int64 [B] or [B,1], the index of each sequence's last slot after the call.
-        total: int64 [1], the largest number of slots after the call.
+        last: int32 [B] or [B,1], the index of each sequence's last slot after the call.
+        total: int32 [], the largest number of slots after the call.
         held: int64 [B,K], the positions in the slots that are attended to; appended caches only.
         start: int64 [1], the first of those slots in the past, where that is not the first of all.
+        tables: cos and sin [rows,D/2] in the compute type, where the kernel rotates.
+        masked: The kernel is given a mask.
     """
 
     applies: ir.Value
@@ -51,42 +54,57 @@ class Call(NamedTuple):
     total: ir.Value
     held: ir.Value | None = None
     start: ir.Value | None = None
+    tables: tuple[ir.Value, ...] = ()
+    masked: bool = False
 
 
 def run(model: ir.Model, recipe: Recipe, provider: Provider = CPU) -> Outcome:
     """Replace every call of ``l4convert::LongContextAttention`` that the provider's kernel can do."""
     outcome = Outcome()
-    for node in [n for n in model.graph if n.op_identifier()[:2] == (definition.DOMAIN, definition.OP_TYPE)]:
-        spec = spec_of(AttentionSpec, node)
+    calls: dict[AttentionSpec, Call] = {}
+    for node, spec, inputs in attention_calls(model.graph):
         if reason := provider.refuses_attention(spec):
             outcome.skip(node.name, reason)
             continue
-        values = dict(
-            zip([n for n in Inputs._fields if spec.rope or n not in ("cos", "sin")], node.inputs, strict=True)
-        )
-        inputs = Inputs(**{name: values.get(name) for name in Inputs._fields})  # type: ignore[arg-type]
         b = Builder(node.name or "attention")
-        replacement = _choose(b, spec, inputs, provider)
+        if spec not in calls:
+            calls[spec] = _call(b, spec, inputs, provider)
+        replacement = _choose(b, spec, inputs, calls[spec], provider)
         replace_node(model.graph, node, b, replacement, CONTRIB)
         outcome.fired += 1
     clean_up(model)
     return outcome
 
 
-def _choose(b: Builder, spec: AttentionSpec, inputs: Inputs, provider: Provider) -> tuple[ir.Value, ...]:
-    kernel, plain = Builder(f"{b.prefix}/kernel"), Builder(f"{b.prefix}/plain")
+def _call(b: Builder, spec: AttentionSpec, inputs: Inputs, provider: Provider) -> Call:
     if spec.kv_cache == "static":
         call = static_call(b, spec, inputs)
-        outputs = static_kernel(kernel, spec, inputs, call, provider)
     else:
-        masked = provider.fast_bias or spec.kv_cache == "windowed"
-        call = appended_call(b, spec, inputs, masked)
-        outputs = appended_kernel(kernel, spec, inputs, call, provider, masked)
+        call = appended_call(b, spec, inputs, provider.fast_bias or spec.kv_cache == "windowed")
+    if spec.rope and _prepares(provider, spec, call):
+        tables = (from_float32(b, x, spec.compute) for x in (inputs.cos, inputs.sin) if x is not None)
+        call = call._replace(tables=tuple(tables))
+    last, total = (b.op("Cast", x, to=int(ir.DataType.INT32)) for x in (call.last, b.op("Squeeze", call.total)))
+    return call._replace(last=last, total=total)
+
+
+def _prepares(provider: Provider, spec: AttentionSpec, call: Call) -> bool:
+    """Whether the kernel rotates and norms. It rotates by slots, which are positions only where no mask is needed."""
+    return provider.prepares(spec) and not call.masked
+
+
+def _choose(b: Builder, spec: AttentionSpec, inputs: Inputs, call: Call, provider: Provider) -> tuple[ir.Value, ...]:
+    kernel, plain = Builder(f"{b.prefix}/kernel"), Builder(f"{b.prefix}/plain")
+    prepares = _prepares(provider, spec, call)
+    # All but the temperature is left to a kernel that prepares heads.
+    outside = dataclasses.replace(spec, rope=False, qk_norm_eps=0.0) if prepares else spec
+    heads = definition.prepare_heads(kernel, outside, inputs)
+    lowered = static_kernel if spec.kv_cache == "static" else appended_kernel
     return b.node(
         "If",
         [call.applies],
         outputs=3,
-        then_branch=_branch(kernel, "kernel", outputs),
+        then_branch=_branch(kernel, "kernel", lowered(kernel, spec, inputs, heads, call, prepares)),
         else_branch=_branch(plain, "plain", definition.build(plain, spec, inputs)),
     )
 
@@ -121,26 +139,21 @@ def appended_call(b: Builder, spec: AttentionSpec, inputs: Inputs, masked: bool)
         in_order = b.op("Or", b.op("Equal", place, slot), b.op("Less", held, b.constant(0)))
         applies = b.op("And", applies, _all(b, in_order))
     last = b.op("Expand", b.op("Sub", total, b.constant([1])), b.dim(inputs.query, 0))
-    return Call(applies, last, total, held, start)
+    return Call(applies, last, total, held, start, masked=masked)
 
 
 def appended_kernel(
-    b: Builder, spec: AttentionSpec, inputs: Inputs, call: Call, provider: Provider, masked: bool
+    b: Builder, spec: AttentionSpec, inputs: Inputs, heads: Heads, call: Call, prepares: bool
 ) -> Outputs:
-    """The kernel on a past that ends where the new tokens begin; what a token may see is an additive mask."""
+    """The kernel on a past that ends where the new tokens begin; what a token may see can be an additive mask."""
     assert call.held is not None  # an appended cache has it
     past_key, past_value = inputs.past_key, inputs.past_value
     if call.start is not None:
         past_key, past_value = (b.slice(x, call.start, None, axis=2) for x in (past_key, past_value))
-    # In-kernel rotation counts slots, which are positions only where no mask is needed.
-    prepares = provider.prepares(spec) and not masked
-    heads = _heads(b, spec, inputs, prepares)
-    bias = _bias(b, spec, heads.positions, call.held) if masked else None
-    merged, key, value = group_query_attention(
-        b, spec, heads, past_key, past_value, call, bias, inputs if prepares else None
-    )
+    bias = _bias(b, spec, heads.positions, call.held) if call.masked else None
+    merged, key, value = group_query_attention(b, spec, heads, past_key, past_value, call, bias, prepares)
     if call.start is not None:
-        # The kernel gives the window's keys; the cache keeps all of them, and its last ones are the kernel's own.
+        # The kernel gives the keys of the window; the cache keeps them all, and its last ones are the kernel's last.
         new = b.op("Neg", b.dim(inputs.query, 1))
         key, value = (
             b.op("Concat", past, b.slice(present, new, None, axis=2), axis=2)
@@ -179,19 +192,9 @@ def static_call(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Call:
     return Call(applies, last, b.op("Add", longest, new))
 
 
-def static_kernel(b: Builder, spec: AttentionSpec, inputs: Inputs, call: Call, provider: Provider) -> Outputs:
+def static_kernel(b: Builder, spec: AttentionSpec, inputs: Inputs, heads: Heads, call: Call, prepares: bool) -> Outputs:
     """The kernel on buffers it writes in place."""
-    prepares = provider.prepares(spec)
-    heads = _heads(b, spec, inputs, prepares)
-    return group_query_attention(
-        b, spec, heads, inputs.past_key, inputs.past_value, call, None, inputs if prepares else None
-    )
-
-
-def _heads(b: Builder, spec: AttentionSpec, inputs: Inputs, prepares: bool) -> Heads:
-    """The kernel's query, key and value; where it prepares heads, all but the temperature is left to it."""
-    outside = dataclasses.replace(spec, rope=False, qk_norm_eps=0.0) if prepares else spec
-    return definition.prepare_heads(b, outside, inputs)
+    return group_query_attention(b, spec, heads, inputs.past_key, inputs.past_value, call, None, prepares)
 
 
 def _bias(b: Builder, spec: AttentionSpec, query_positions: ir.Value, held: ir.Value) -> ir.Value:
@@ -216,30 +219,26 @@ def group_query_attention(
     past_value: ir.Value,
     call: Call,
     bias: ir.Value | None,
-    prepares: Inputs | None,
+    prepares: bool,
 ) -> Outputs:
     """Append the contrib op.
 
     Args:
         bias: [B,1,S,total] added to the scores, or None for plain causal attention.
-        prepares: The attention's inputs where the op itself rotates and norms query and key; None: they are ready. Its
-            rotation takes a slot's number for the position.
+        prepares: The op itself rotates and norms query and key.
     """
     flat = [b.reshape(x, [0, 0, -1]) for x in (heads.query, heads.key, heads.value)]
-    last, total = (b.op("Cast", x, to=int(ir.DataType.INT32)) for x in (call.last, b.op("Squeeze", call.total)))
     optional: dict[str, ir.Value | None] = dict.fromkeys(_OPTIONAL)
     attributes: dict[str, Any] = {}
     optional["attention_bias"] = bias
-    if prepares is not None and spec.rope:
-        for name, table in (("cos_cache", prepares.cos), ("sin_cache", prepares.sin)):
-            assert table is not None  # a RoPE layer has tables
-            optional[name] = from_float32(b, table, spec.compute)
+    if prepares and spec.rope:
+        optional["cos_cache"], optional["sin_cache"] = call.tables
         attributes |= {"do_rotary": 1, "rotary_interleaved": 1}
-    if prepares is not None and spec.qk_norm_eps:
+    if prepares and spec.qk_norm_eps:
         ones = b.constant(np.ones(spec.head_dim), COMPUTE_TYPES[spec.compute].numpy())
         optional["q_norm_weight"] = optional["k_norm_weight"] = ones
         attributes["qk_norm_epsilon"] = spec.qk_norm_eps
-    inputs = [*flat, past_key, past_value, last, total, *optional.values()]
+    inputs = [*flat, past_key, past_value, call.last, call.total, *optional.values()]
     while inputs[-1] is None:
         inputs.pop()
     outputs = b.node(
