@@ -56,12 +56,10 @@ def run(model: ir.Model, recipe: Recipe, provider: Provider = CPU) -> Outcome:
             outcome.skip(node.name, "the kernel cannot round activations between its two matrix products")
             continue
         b = Builder(node.name or "moe")
-        experts, not_qmoe = _experts(b, model.graph, inputs, provider)
-        if experts is None:
-            outcome.skip(node.name, "the experts' weights are not stored tensors")
+        experts = _experts(b, model.graph, inputs, provider)
+        if isinstance(experts, str):
+            outcome.skip(node.name, experts)
             continue
-        if not_qmoe:
-            outcome.skip(f"{node.name}: QMoE", not_qmoe)
         output = _route(b, spec, inputs, experts)
         replace_node(model.graph, node, b, [output], CONTRIB)
         outcome.fired += 1
@@ -80,31 +78,32 @@ class _Kernel:
         return b.node(self.op_type, inputs, domain=CONTRIB, **SWIGLU, **self.attributes)[0]
 
 
-def _experts(b: Builder, graph: ir.Graph, inputs: Inputs, provider: Provider) -> tuple[_Kernel | None, str | None]:
-    """The kernel, if any, and why it is not QMoE although the weights are quantized."""
+def _experts(b: Builder, graph: ir.Graph, inputs: Inputs, provider: Provider) -> _Kernel | str:
+    """The kernel, or why there is none."""
     gate_up, down = quantized_weight(inputs.gate_up), quantized_weight(inputs.down)
-    reason = None
     if gate_up is not None and down is not None:
         reason = _refusal(gate_up, down, provider)
         if reason is None:
-            return _int4_kernel(graph, gate_up, down, provider), None
+            return _int4_kernel(graph, gate_up, down, provider)
+        if not provider.dequantizes_experts:
+            return reason
     float_gate_up = map_weight(b, graph, inputs.gate_up, InterleavedHalves)
     float_down = map_weight(b, graph, inputs.down, lambda tensor: tensor)
     if float_gate_up is None or float_down is None:
-        return None, None
-    return _Kernel("MoE", [float_gate_up, None, float_down]), reason
+        return "the experts' weights are not stored tensors"
+    return _Kernel("MoE", [float_gate_up, None, float_down])
 
 
 def _refusal(gate_up: QuantizedWeight, down: QuantizedWeight, provider: Provider) -> str | None:
     """Why QMoE cannot take these weights; None where it can."""
     if any(weight.values.dtype != ir.DataType.INT4 for weight in (gate_up, down)):
-        # Its FP8 forms have one scale an expert, or one a square block (its schema's text).
-        return "QMoE has no weights with one scale a column; MoE gets them dequantized"
+        # Its FP8 forms have one scale an expert, or one a square block (its schema's text), and the released CUDA
+        # library is built without them (ADR 0016).
+        return "QMoE has no FP8 weights with one scale a column"
     if gate_up.block_size != down.block_size:
-        return "QMoE has one block size for both matrices; MoE gets them dequantized"
+        return "QMoE has one block size for both matrices"
     hidden, intermediate = gate_up.values.dims[-2], down.values.dims[-2]
-    reason = provider.refuses_qmoe(gate_up.block_size, hidden, intermediate)
-    return f"{reason}; MoE gets them dequantized" if reason else None
+    return provider.refuses_qmoe(gate_up.block_size, hidden, intermediate)
 
 
 def _int4_kernel(graph: ir.Graph, gate_up: QuantizedWeight, down: QuantizedWeight, provider: Provider) -> _Kernel:

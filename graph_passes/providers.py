@@ -11,10 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from l4convert.frontend.compute import ComputeType
 from l4convert.plugins.long_context_attention.definition import AttentionSpec
-
-ALL: frozenset[ComputeType] = frozenset({"float32", "bfloat16", "float16"})
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ class Provider:
         qmoe_blocks: Quantization blocks along K that QMoE takes for INT4; empty: any.
         qmoe_multiple: Of the hidden size and the experts' width, for QMoE.
         qmoe_attributes: Attributes that QMoE needs beside those every provider gets.
-        fp8_weights: MatMulBlockQuantizedFp8Weight exists.
-        dequantizes: Types that DequantizeLinear gives.
+        dequantizes_experts: Experts that QMoE does not take are dequantized for MoE, all of them at every call.
     """
 
     name: str
@@ -44,8 +40,7 @@ class Provider:
     qmoe_blocks: frozenset[int] = frozenset()
     qmoe_multiple: int = 1
     qmoe_attributes: Mapping[str, Any] = field(default_factory=dict)
-    fp8_weights: bool = False
-    dequantizes: frozenset[ComputeType] = ALL
+    dequantizes_experts: bool = True
 
     def refuses_attention(self, spec: AttentionSpec) -> str | None:
         """Why GroupQueryAttention cannot compute a layer; None where it can."""
@@ -91,7 +86,7 @@ CPU = Provider("CPU")
 # qmoe_multiple: contrib_ops/cuda/moe/moe_quantization.cc (the 64-element tile of interleaved weights).
 # qmoe_blocks, weights_prepacked: docs/contrib_ops/cuda/moe_qmoe.md, sections 6.6 and 5.1. The default of
 # weights_prepacked, -1, means weights in CUTLASS's order to this provider; 0 has it reorder plain ones when it loads.
-# dequantizes: core/providers/cuda/tensor/quantize_linear.cc registers float and float16 only.
+# dequantizes_experts: a layer of Scout in bfloat16 is 4 GB, and would be written and read at every call.
 CUDA = Provider(
     "CUDA",
     prepares_heads=True,
@@ -100,6 +95,5 @@ CUDA = Provider(
     qmoe_blocks=frozenset({32, 64, 128}),
     qmoe_multiple=64,
     qmoe_attributes={"weights_prepacked": 0},
-    fp8_weights=True,
-    dequantizes=frozenset({"float32", "float16"}),
+    dequantizes_experts=False,
 )

@@ -5,11 +5,14 @@ A float32 artifact of this target is for checks on a CPU: it is the same graph, 
 
 SUMMARY = "ONNX Runtime, CUDA: QMoE, MatMulNBits and GroupQueryAttention kernels, bfloat16 or float16 compute"
 LOWERING = (
+    "store_compute_type",
     "lower_attention_to_cuda_gqa",
     "lower_moe_to_cuda_qmoe",
+    "lower_moe_to_expert_loops",
     "lower_matmul_to_nbits",
+    "move_activation_scales",
+    "lower_matmul_to_fp8_weights",
     "widen_dequantization",
-    "split_activation_scales",
     "inline_functions",
 )
 KV_CACHES = ("static", "growing")
