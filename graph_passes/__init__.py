@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from l4convert.graph_passes import (
+    expand_rotary_embedding,
     fuse_experts,
     inline_functions,
     lower_attention_to_gqa,
@@ -107,6 +108,11 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         "widen_dequantization",
         "DequantizeLinear to bfloat16, which ONNX Runtime does not have, goes through float32",
         widen_dequantization.run,
+    ),
+    Pass(
+        "expand_rotary_embedding",
+        "RotaryEmbedding becomes products and sums of pairs",
+        expand_rotary_embedding.run,
     ),
     Pass(
         "inline_functions",
