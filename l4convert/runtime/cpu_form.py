@@ -102,7 +102,8 @@ class _Widening:
             if value is None or value not in narrow:
                 continue
             if value not in wide:
-                cast = _cast(value, ir.DataType.FLOAT, f"{value.name}/widened")
+                # Branches that see one value from outside cast it each, under names of their own.
+                cast = _cast(value, ir.DataType.FLOAT, f"{node.name}/{value.name}/widened")
                 graph.insert_before(node, cast)
                 wide[value] = cast.outputs[0]
             node.replace_input_with(index, wide[value])
