@@ -24,6 +24,9 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
         if weight.values.dtype != ir.DataType.INT4 or len(weight.values.dims) != 2:
             outcome.skip(node.name, f"no 4-bit kernel for {weight.values.dtype} of {len(weight.values.dims)} axes")
             continue
+        if not weight.block_size:
+            outcome.skip(node.name, "no 4-bit kernel for one scale a column")
+            continue
         depth, width = weight.values.dims
         packed = layouts.matmul_nbits(transposed(weight.values), weight.block_size)
         b = Builder(node.name or "matmul")

@@ -47,7 +47,6 @@ def to_cpu_form(model: ir.Model) -> None:
     """Rewrite a model in place; calls of functions are inlined on the way."""
     common.InlinePass()(model)
     replace_cuda_kernels(model)
-    common.RemoveUnusedNodesPass()(model)
     _Widening().graph(model.graph, set())
 
 

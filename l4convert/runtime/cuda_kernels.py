@@ -55,7 +55,11 @@ def _dequantize_in_front(node: ir.Node) -> None:
     weight = b.op("CastLike", b.op("DequantizeLinear", node.inputs[1], scale, axis=0), node.inputs[0])
     product = b.op("MatMul", node.inputs[0], b.op("Transpose", weight, perm=[1, 0]))
     _insert_before(node, b)
-    ir.convenience.replace_all_uses_with(node.outputs[0], product, replace_graph_outputs=True)
+    result = node.outputs[0]
+    product.name, product.type, product.shape = result.name, result.type, result.shape
+    ir.convenience.replace_all_uses_with(result, product, replace_graph_outputs=True)
+    assert node.graph is not None  # as above
+    node.graph.remove(node, safe=True)
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:
