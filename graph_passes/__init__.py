@@ -13,6 +13,7 @@ from l4convert.graph_passes import (
     lower_matmul_to_fp8_weights,
     lower_matmul_to_nbits,
     lower_moe_to_expert_loops,
+    lower_moe_to_loop,
     lower_moe_to_qmoe,
     move_activation_scales,
     outline_attention,
@@ -68,6 +69,11 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         "lower_attention_to_tensor_scatter",
         "LongContextAttention writes its caches in place with TensorScatter and reads them whole, under a mask",
         lower_attention_to_tensor_scatter.run,
+    ),
+    Pass(
+        "lower_moe_to_loop",
+        "MoE becomes a Loop over tiles of tokens, each with the packed weights of one expert",
+        lower_moe_to_loop.run,
     ),
     Pass(
         "lower_moe_to_qmoe",

@@ -1,8 +1,8 @@
 """Lower MoE to expert loops: for each expert, a ``Loop`` over tiles of the tokens that chose it.
 
-TensorRT-RTX has no kernel for experts, refuses to gather from 4-bit weights and has no NonZero. A loop reads the
-weights of an expert once a tile, and never those of one that no token chose; inside it stand plain products with
-dequantized matrices, which the builder fuses (docs/adr/0014 compares the forms).
+For runtimes with a kernel for a product with one quantized matrix, and none for these experts. A loop reads the weights
+of an expert once a tile, and never those of one that no token chose: it does not turn. What stands in it are plain
+products, which later passes give their kernels.
 
 Tokens are sorted by expert. With R rows (tokens times top-k) a tile has max(16, ceil(R / E)) of them, so that all loops
 together run at most twice for every expert that there is, and compute at most twice R rows and 16 a loop, however the
@@ -137,7 +137,7 @@ def _build(b: Builder, spec: MoESpec, inputs: Inputs, gate_up: list[_Matrix], do
 
 
 def _route(b: Builder, spec: MoESpec, chosen: ir.Value) -> _Routing:
-    """Sort rows by expert with running counts: TensorRT's own sort, TopK, takes no more than 3840 elements.
+    """Sort rows by expert with running counts.
 
     Args:
         b: Where the nodes go.
