@@ -1,9 +1,9 @@
 """A CUDA that computes nothing, so that ONNX Runtime's CUDA provider can be loaded without a GPU.
 
 The provider decides which nodes it takes, and constructs its kernels, on the host. For that it needs the libraries
-that it is linked with. This makes stand-ins for them: every function that the provider imports succeeds and does nothing,
-but for those that hand out memory, handles or properties (of a card of compute capability 9.0). What a graph computes so
-means nothing.
+that it is linked with. This makes stand-ins for them: every function that the provider imports succeeds and does
+nothing, but for those that hand out memory, handles or properties (of a card of compute capability 9.0). What a graph
+computes so means nothing.
 
 :func:`placements` loads a model so, in a process of its own, and says which provider got how many nodes of which
 operator.
