@@ -1,8 +1,8 @@
 """Lower MoE to expert products: rows are sorted by expert, and each expert multiplies the rows that are its own.
 
 For runtimes with a kernel for a product with one quantized matrix, none for these experts, and shapes that may depend
-on data: an expert that no token chose gets no rows, and its weights are not read. All the rest is done once for the rows
-of all experts.
+on data: an expert that no token chose gets no rows, and its weights are not read. All the rest is done once for the
+rows of all experts.
 """
 
 from __future__ import annotations
