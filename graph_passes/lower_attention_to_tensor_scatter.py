@@ -32,8 +32,10 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
             continue
         b = Builder(node.name or "attention")
         replace_node(model.graph, node, b, build(b, spec, inputs))
-        model.graph.opset_imports[""] = max(OPSET, model.graph.opset_imports[""])
         outcome.fired += 1
+    if outcome.fired:
+        for imports in (model.graph.opset_imports, *(f.opset_imports for f in model.functions.values())):
+            imports[""] = max(OPSET, imports.get("", 0))
     clean_up(model)
     return outcome
 
