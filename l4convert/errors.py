@@ -56,6 +56,8 @@ class BackendMissing(L4Error):
 INSTALL = {
     "onnxruntime": "pip install onnxruntime-gpu",
     "ray": "pip install 'ray[client]'",
+    "tensorrt": "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
+    "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
     "torch": "pip install torch transformers",
     "transformers": "pip install torch transformers",
 }
