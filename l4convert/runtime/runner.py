@@ -8,6 +8,8 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from l4convert.errors import InputError
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
@@ -60,3 +62,17 @@ def check_step(input_ids: IntArray, mask: IntArray | None, batch: int) -> IntArr
     if mask.shape != input_ids.shape or not np.isin(mask, (0, 1)).all():
         raise ValueError(f"mask of shape {mask.shape} is not zeros and ones of shape {input_ids.shape}")
     return mask.astype(np.int64)
+
+
+def check_vocabulary(input_ids: IntArray, vocabulary: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        InputError: One is negative or not below ``vocabulary``.
+    """
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise InputError(
+            f"token {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}",
+            "The artifact's tokenizer.json belongs to another model.",
+        )

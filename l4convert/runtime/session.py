@@ -13,7 +13,7 @@ from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError, UsageError, backend_missing
 from l4convert.runtime.caches import CACHE_FORMS, CacheNames, KvCacheState
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
-from l4convert.runtime.runner import FloatArray, IntArray, check_step
+from l4convert.runtime.runner import FloatArray, IntArray, check_step, check_vocabulary
 
 # How long a stream may become in the static form where the caller does not say: enough for a conversation, and small
 # beside the weights (Scout: 0.8 GB of float32 caches).
@@ -132,10 +132,7 @@ class OrtStream:
         return logits
 
     def _check_room(self, input_ids: IntArray) -> None:
-        low, high, vocabulary = int(input_ids.min()), int(input_ids.max()), self._session.config.vocab_size
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise InputError(f"token {wrong} is outside the model's vocabulary of {vocabulary}", _VOCABULARY_HINT)
+        check_vocabulary(input_ids, self._session.config.vocab_size)
         length = self.mask.shape[1] + input_ids.shape[1]
         if length > self._session.max_length:
             raise UsageError(
@@ -145,7 +142,6 @@ class OrtStream:
 
 
 _SUMMARY_CHARS = 240
-_VOCABULARY_HINT = "The artifact's tokenizer.json belongs to another model."
 
 
 def load_model(model: Path, threads: int | None = None, *, optimized: bool = True) -> Any:

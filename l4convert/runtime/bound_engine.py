@@ -1,0 +1,165 @@
+"""An engine with its device memory: token ids and a mask go in, logits come out, and the caches stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from l4convert.checkpoint.config import DecoderConfig
+from l4convert.errors import DeviceError
+from l4convert.runtime.device import Device, Graph, Plan, Shape
+from l4convert.runtime.engine_layout import DTYPES, IDS, LOGITS, MASK, Layout, choose_profile, concrete, plan_layout
+from l4convert.runtime.engines import Engine
+from l4convert.runtime.runner import FloatArray, IntArray
+
+GraphUse = Literal["replayed", "captured", "refused", "unused"]
+
+GRAPH_USES: dict[GraphUse, str] = {
+    "replayed": "decode steps are replayed as CUDA graphs by TensorRT-RTX",
+    "captured": "decode steps are replayed as a CUDA graph",
+    "refused": "decode steps are enqueued one by one: this engine cannot be captured as a CUDA graph",
+    "unused": "no decode step so far",
+}
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The CUDA graph of a decode step, the profile and the shapes it was captured with."""
+
+    profile: int
+    key: tuple[Shape, Shape]
+    graph: Graph
+
+
+class BoundEngine:
+    """Device memory for an engine's largest batch and longest text, allocated once.
+
+    Args:
+        engine: What to run; its files have been checked.
+        config: The model's hyperparameters.
+        device: Where.
+
+    Attributes:
+        layout: The buffers.
+        graph_use: What became of CUDA graphs so far.
+
+    Raises:
+        DeviceError: The device refuses the plans, or has too little memory.
+    """
+
+    def __init__(self, engine: Engine, config: DecoderConfig, device: Device) -> None:
+        self.engine = engine
+        self.layout: Layout = plan_layout(engine, config)
+        self.graph_use: GraphUse = "unused"
+        self._device = device
+        self._captured: _Captured | None = None
+        self._addresses: dict[str, int] = {}
+        self._plans: list[Plan] = []
+        try:
+            self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    def empty_caches(self) -> None:
+        """Zero every cache: slots that no token has written are masked, and must hold numbers for that."""
+        for name, nbytes in self.layout.caches.items():
+            self._device.zero(self._addresses[name], nbytes)
+
+    def call(self, ids: IntArray, mask: IntArray) -> FloatArray:
+        """Run every plan once.
+
+        Args:
+            ids: [B, S], S at most that of the widest profile.
+            mask: [B, columns], 1 for every token so far and every new one, zeros in front of them.
+
+        Returns:
+            Logits, float32 [B, S, vocabulary].
+        """
+        self._device.copy_in(self._addresses[IDS], np.ascontiguousarray(ids, DTYPES[self._input(IDS)]))
+        self._device.copy_in(self._addresses[MASK], np.ascontiguousarray(mask, DTYPES[self._input(MASK)]))
+        profile = choose_profile(self.engine.profiles, ids.shape[1])
+        if ids.shape[1] == 1:
+            self._decode(profile, ids.shape, mask.shape)
+        else:
+            self._enqueue(profile, ids.shape, mask.shape)
+        tensor = self.engine.files[-1].outputs[LOGITS]
+        shape = concrete(tensor, ids.shape[0], ids.shape[1], mask.shape[1])
+        logits = self._device.copy_out(self._addresses[LOGITS], shape, DTYPES[tensor.dtype])
+        return logits.astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        """Free everything on the device; what a fault has made impossible to free is gone with it."""
+        with suppress(DeviceError):
+            self._device.wait()
+        with suppress(DeviceError):
+            self._forget()
+        for plan in self._plans:
+            plan.close()
+        self._plans.clear()
+        for address in self._addresses.values():
+            with suppress(DeviceError):
+                self._device.free(address)
+        self._addresses.clear()
+
+    def _allocate(self) -> None:
+        decode = frozenset({choose_profile(self.engine.profiles, 1)})
+        self._plans = [self._device.load(plan.path, replay=decode) for plan in self.engine.files]
+        scratch = max(plan.scratch_bytes for plan in self._plans)
+        needed, free = self.layout.nbytes + scratch, self._device.free_bytes()
+        if needed > free:
+            raise DeviceError(
+                f"{self.engine.files[0].path.parent}: caches and buffers take {needed / 1e9:.2f} GB beside the "
+                f"weights, and {self._device.name} has {free / 1e9:.2f} GB free",
+                "Build with a smaller --max-context or --max-batch.",
+            )
+        for name, nbytes in {**self.layout.buffers, **self.layout.caches, "scratch": scratch}.items():
+            self._addresses[name] = self._device.alloc(max(nbytes, 1))
+        for plan in self._plans:
+            plan.use_scratch(self._addresses["scratch"], scratch)
+
+    def _input(self, name: str) -> str:
+        """The element type of an input, in the first plan that has it."""
+        return self.engine.files[0].inputs[name].dtype
+
+    def _decode(self, profile: int, ids: Sequence[int], mask: Sequence[int]) -> None:
+        """One token a row: a CUDA graph where that can be."""
+        key = (tuple(ids), tuple(mask))
+        if self._captured is not None and self._captured.key == key:
+            self._captured.graph.launch()
+            return
+        self._enqueue(profile, ids, mask)
+        if all(plan.replayed(profile) for plan in self._plans):
+            self.graph_use = "replayed"
+        elif self.engine.module == "tensorrt_rtx":
+            # What TensorRT-RTX does not replay itself it does not let others capture either.
+            self.graph_use = "refused"
+        elif self.graph_use != "refused":
+            # After a call of the same shapes, as TensorRT asks for: that one settles what is done once for them.
+            graph = self._device.capture(self._work(profile))
+            self._captured = None if graph is None else _Captured(profile, key, graph)
+            self.graph_use = "refused" if graph is None else "captured"
+
+    def _enqueue(self, profile: int, ids: Sequence[int], mask: Sequence[int]) -> None:
+        if self._captured is not None and self._captured.profile == profile:
+            self._forget()  # a call of other shapes makes what was captured in the same context stale
+        for plan, file, binding in zip(self._plans, self.engine.files, self.layout.bindings, strict=True):
+            shapes = {name: concrete(tensor, ids[0], ids[1], mask[1]) for name, tensor in file.inputs.items()}
+            plan.bind(profile, shapes, {name: self._addresses[buffer] for name, buffer in binding.items()})
+        self._work(profile)()
+
+    def _work(self, profile: int) -> Callable[[], None]:
+        def enqueue_all() -> None:
+            for plan in self._plans:
+                plan.enqueue(profile)
+
+        return enqueue_all
+
+    def _forget(self) -> None:
+        if self._captured is not None:
+            self._captured.graph.free()
+            self._captured = None
