@@ -6,11 +6,15 @@ from l4convert.graph_passes import (
     fuse_experts,
     inline_functions,
     lower_attention_to_gqa,
+    lower_attention_to_tensor_scatter,
     lower_matmul_to_nbits,
+    lower_moe_to_expert_loops,
     lower_moe_to_qmoe,
+    move_activation_scales,
     outline_attention,
     quantize_weights,
     split_activation_scales,
+    store_compute_type,
 )
 from l4convert.graph_passes.base import Pass, PassReport
 
@@ -39,9 +43,25 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
 #: Chosen by targets, in the order that the target lists.
 LOWERING_PASSES: tuple[Pass, ...] = (
     Pass(
+        "store_compute_type",
+        "weights are stored in the type they are computed with, where that is not wider",
+        store_compute_type.run,
+        exact=False,
+    ),
+    Pass(
         "lower_attention_to_gqa",
         "LongContextAttention becomes ONNX Runtime's GroupQueryAttention, the definition where that does not apply",
         lower_attention_to_gqa.run,
+    ),
+    Pass(
+        "lower_attention_to_tensor_scatter",
+        "LongContextAttention writes its caches in place with TensorScatter and reads them whole, under a mask",
+        lower_attention_to_tensor_scatter.run,
+    ),
+    Pass(
+        "lower_moe_to_expert_loops",
+        "MoE becomes one Loop an expert, over tiles of the tokens that chose it",
+        lower_moe_to_expert_loops.run,
     ),
     Pass(
         "lower_moe_to_qmoe",
@@ -57,6 +77,11 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         "split_activation_scales",
         "FP8 activations are rescaled by a Mul, which ONNX Runtime does not fuse into a kernel that refuses FP8",
         split_activation_scales.run,
+    ),
+    Pass(
+        "move_activation_scales",
+        "FP8 activations are rounded with scale 1, and the product is multiplied by the tokens' scales",
+        move_activation_scales.run,
     ),
     Pass(
         "inline_functions",

@@ -12,6 +12,9 @@ from onnx_ir.passes import common
 
 from l4convert.checkpoint.lazy import LazyTensor, transposed
 from l4convert.frontend.builder import Builder, initializer
+from l4convert.plugins.long_context_attention import definition as attention
+from l4convert.plugins.long_context_attention.definition import AttentionSpec
+from l4convert.plugins.long_context_attention.definition import Inputs as AttentionInputs
 
 Spec = TypeVar("Spec")
 
@@ -111,6 +114,19 @@ def spec_of(cls: type[Spec], node: ir.Node) -> Spec:
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {name: node.attributes[name].value for name in kinds}
     return cls(**{name: bool(v) if kinds[name] == "bool" else v for name, v in values.items()})
+
+
+def attention_calls(graph: ir.Graph) -> list[tuple[ir.Node, AttentionSpec, AttentionInputs]]:
+    """Every call of ``l4convert::LongContextAttention`` with its attributes and its inputs by name."""
+    calls = []
+    for node in graph:
+        if node.op_identifier()[:2] != (attention.DOMAIN, attention.OP_TYPE):
+            continue
+        spec = spec_of(AttentionSpec, node)
+        names = [name for name in AttentionInputs._fields if spec.rope or name not in ("cos", "sin")]
+        given = dict(zip(names, node.inputs, strict=True))
+        calls.append((node, spec, AttentionInputs(**{name: given.get(name) for name in AttentionInputs._fields})))  # type: ignore[arg-type]
+    return calls
 
 
 def replace_outputs(old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:

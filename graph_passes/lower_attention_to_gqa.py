@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
 from l4convert.graph_passes.base import Outcome
-from l4convert.graph_passes.editing import clean_up, replace_node, spec_of
+from l4convert.graph_passes.editing import attention_calls, clean_up, replace_node
 from l4convert.plugins.long_context_attention import definition, kv_cache
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, Heads, Inputs
 from l4convert.quantization.recipe import Recipe
@@ -28,12 +28,7 @@ Outputs = tuple[ir.Value, ir.Value, ir.Value]
 def run(model: ir.Model, recipe: Recipe) -> Outcome:
     """Replace every call of ``l4convert::LongContextAttention``."""
     outcome = Outcome()
-    for node in [n for n in model.graph if n.op_identifier()[:2] == (definition.DOMAIN, definition.OP_TYPE)]:
-        spec = spec_of(AttentionSpec, node)
-        values = dict(
-            zip([n for n in Inputs._fields if spec.rope or n not in ("cos", "sin")], node.inputs, strict=True)
-        )
-        inputs = Inputs(**{name: values.get(name) for name in Inputs._fields})  # type: ignore[arg-type]
+    for node, spec, inputs in attention_calls(model.graph):
         b = Builder(node.name or "attention")
         replacement = _choose(b, spec, inputs)
         replace_node(model.graph, node, b, replacement, CONTRIB)

@@ -4,26 +4,46 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig
 from l4convert.errors import CheckFailed, InputError
+from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType
 from l4convert.graph_passes.base import Pass, PassReport
 from l4convert.progress import Progress
 from l4convert.quantization.recipe import Recipe
+from l4convert.runtime.caches import as_float32, ort_value
 from l4convert.runtime.session import load_model
 
 #: Largest |difference| of any output that an exact pass may make, relative to the largest |value| of that output.
-EXACT_TOLERANCE = 1e-4
+#: By the type that the graph computes in: sums in another order round differently, and 16 bits are soon rounded.
+EXACT_TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 Arrays = dict[str, np.ndarray]
 
 
-def verified(
-    graph_pass: Pass, model: ir.Model, recipe: Recipe, config: DecoderConfig, kv_cache: str, progress: Progress
-) -> PassReport:
+@dataclass(frozen=True)
+class Probes:
+    """What a graph is given to compute.
+
+    Attributes:
+        config: The decoder.
+        kv_cache: The form of its cache.
+        compute: The type of its caches.
+        in_place: Whether a call must stay in one chunk, with padding last (l4convert/runtime/calls.py).
+    """
+
+    config: DecoderConfig
+    kv_cache: str
+    compute: str = "float32"
+    in_place: bool = False
+
+
+def verified(graph_pass: Pass, model: ir.Model, recipe: Recipe, probes: Probes, progress: Progress) -> PassReport:
     """Run a pass; fail if it changed what the graph computes.
 
     The graph is run in ONNX Runtime on a cache of noise that ends shortly before a chunk boundary: once inside the
@@ -36,22 +56,22 @@ def verified(
     """
     _check_memory(model)
     with progress.task(f"Verifying {graph_pass.name}", total=2, unit="runs") as task:
-        before = _run(model, config, kv_cache)
+        before = _run(model, probes)
         task.advance(1)
         report = graph_pass(model, recipe)
-        after = _run_after(graph_pass, model, config, kv_cache)
+        after = _run_after(graph_pass, model, probes)
         task.advance(1)
     for name, expected in before.items():
         if name not in after:
             raise CheckFailed(f"pass {graph_pass.name}: {name} is no output any more")
-        _compare(graph_pass, name, expected, after[name])
+        _compare(graph_pass, name, expected, after[name], EXACT_TOLERANCES[probes.compute])
     return report
 
 
-def _run_after(graph_pass: Pass, model: ir.Model, config: DecoderConfig, kv_cache: str) -> Arrays:
+def _run_after(graph_pass: Pass, model: ir.Model, probes: Probes) -> Arrays:
     """What ran before the pass and does not run now is the pass's doing."""
     try:
-        return _run(model, config, kv_cache)
+        return _run(model, probes)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # onnxruntime's exception types are private and differ between versions
@@ -59,51 +79,56 @@ def _run_after(graph_pass: Pass, model: ir.Model, config: DecoderConfig, kv_cach
         raise CheckFailed(f"pass {graph_pass.name}: the graph does not run any more: {summary}") from error
 
 
-def _compare(graph_pass: Pass, name: str, expected: np.ndarray, actual: np.ndarray) -> None:
+def _compare(graph_pass: Pass, name: str, expected: np.ndarray, actual: np.ndarray, tolerance: float) -> None:
     if expected.shape != actual.shape:
         raise CheckFailed(f"pass {graph_pass.name}: {name} has shape {actual.shape}, {expected.shape} before")
     if not np.isfinite(actual).all():
         raise CheckFailed(f"pass {graph_pass.name}: {name} is not finite")
     difference = float(np.abs(actual - expected).max(initial=0.0))
-    limit = EXACT_TOLERANCE * float(np.abs(expected).max(initial=0.0))
+    limit = tolerance * float(np.abs(expected).max(initial=0.0))
     if graph_pass.exact and not difference <= limit:
         raise CheckFailed(f"pass {graph_pass.name}: {name} differs by {difference:.3g}, more than {limit:.3g}")
 
 
-def _run(model: ir.Model, config: DecoderConfig, kv_cache: str) -> Arrays:
+def _run(model: ir.Model, probes: Probes) -> Arrays:
     """All outputs of all probes, named ``probe: output``; key/value slots of padding and unwritten slots left out."""
     with tempfile.TemporaryDirectory(prefix="l4convert-verify-") as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="weights.bin")
         # What is compared is the graph as written, not what the runtime's optimizer would make of it.
-        session = load_model(path, optimized=False)
+        session = load_model(path, optimized=False, cpu_form=probes.compute == "bfloat16", fuse_quantized=False)
         names = [output.name for output in session.get_outputs()]
         results: Arrays = {}
-        for probe, feeds in probes(config, kv_cache):
+        for probe, feeds in probe_feeds(probes):
             real = feeds["attention_mask"][:, -feeds["input_ids"].shape[1] :] > 0
-            outputs = dict(zip(names, session.run(None, feeds), strict=True))
+            values = session.run_with_ort_values(names, {name: ort_value(array) for name, array in feeds.items()})
+            outputs = {name: as_float32(value) for name, value in zip(names, values, strict=True)}
             results[f"{probe}: logits"] = outputs["logits"][real]
             if real.all():
                 results |= {f"{probe}: {name}": value for name, value in outputs.items() if name != "logits"}
         return results
 
 
-def probes(config: DecoderConfig, kv_cache: str) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
+def probe_feeds(probes: Probes) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
     """Named inputs of the decoder, always the same ones."""
-    chunk = config.attention_chunk_size
+    config, chunk = probes.config, probes.config.attention_chunk_size
+    dtype = COMPUTE_TYPES[cast("ComputeType", probes.compute)].numpy()
     past = max(chunk - 3, 0)
     rng = np.random.default_rng(0)
-    cases = {"inside a chunk": (1, min(2, chunk)), "across a boundary": (1, 7), "padded batch": (2, 7)}
+    inside = min(2, chunk)
+    cases = {"inside a chunk": (1, inside), "across a boundary": (1, 7), "padded batch": (2, 7)}
+    if probes.in_place:
+        cases = {"inside a chunk": (1, inside), "padded batch": (2, inside)}
     for name, (batch, new) in cases.items():
         mask = np.ones((batch, past + new), np.int64)
         if batch > 1:
-            mask[1, :2] = mask[1, past + 1] = 0
+            mask[1, :2] = mask[1, -1 if probes.in_place else past + 1] = 0
         feeds: Arrays = {"input_ids": rng.integers(0, config.vocab_size, (batch, new)), "attention_mask": mask}
         for number, layer in enumerate(config.layers):
-            shape = (batch, config.num_key_value_heads, _slots(layer, chunk, past, new, kv_cache), config.head_dim)
+            slots = _slots(layer, chunk, past, new, probes.kv_cache)
+            shape = (batch, config.num_key_value_heads, slots, config.head_dim)
             for part in ("key", "value"):
-                noise = rng.standard_normal(shape).astype(np.float32)
-                feeds[f"past_key_values.{number}.{part}"] = noise
+                feeds[f"past_key_values.{number}.{part}"] = rng.standard_normal(shape).astype(dtype)
         yield name, feeds
 
 

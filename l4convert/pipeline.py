@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +54,15 @@ __all__ = [
 class _HowOptions:
     """How a checkpoint is converted, whether it is done or only planned.
 
-    ``jobs`` and ``memory_limit`` (as "4G") change how fast the artifact is written, not one byte of it.
+    ``kv_cache`` and ``compute`` are the target's own where they are None. ``jobs`` and ``memory_limit`` (as "4G")
+    change how fast the artifact is written, not one byte of it.
     """
 
     target: str = "cpu"
     recipe: str = "int4"
     block_size: int | None = None
-    kv_cache: str = "growing"
+    kv_cache: str | None = None
+    compute: str | None = None
     share_weights: bool = False
     verify_passes: bool = False
     overwrite: bool = False
@@ -106,6 +109,7 @@ class ConvertResult:
     target: str
     recipe: str
     kv_cache: str
+    compute: str
     passes: tuple[PassReport, ...]
     bytes: int
     tensors: int
@@ -121,6 +125,8 @@ class _Conversion:
     def __init__(self, options: ConvertOptions | PlanOptions, progress: Progress) -> None:
         self.options = options
         self.target = _target(options)
+        self.kv_cache = _choice(self.target, "KV cache", self.target.kv_caches, options.kv_cache)
+        self.compute = _choice(self.target, "compute type", self.target.compute, options.compute)
         if options.output is not None:
             sources = [] if options.checkpoint is None else [options.checkpoint]
             check_destination(options.output, options.overwrite, sources)
@@ -137,8 +143,9 @@ class _Conversion:
         return (*CANONICAL_PASSES, *self.target.lowering)
 
     def build(self, checkpoint: Checkpoint) -> ir.Model:
-        kv_cache: Any = self.options.kv_cache  # checked against the target's list
-        return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, kv_cache)
+        kv_cache: Any = self.kv_cache  # both were checked against the target's lists
+        compute: Any = self.compute
+        return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, kv_cache, compute)
 
     def sample(self) -> WeightsPlan:
         """The same conversion of one layer of each kind, with random weights."""
@@ -156,9 +163,10 @@ class _Conversion:
     def run_pass(self, graph_pass: Pass, options: ConvertOptions | PlanOptions, progress: Progress) -> PassReport:
         if not options.verify_passes:
             return graph_pass(self.model, self.recipe)
-        from l4convert.graph_passes.verification import verified
+        from l4convert.graph_passes.verification import Probes, verified
 
-        return verified(graph_pass, self.model, self.recipe, self.checkpoint.config, options.kv_cache, progress)
+        probes = Probes(self.checkpoint.config, self.kv_cache, self.compute, self.target.calls == "in_place")
+        return verified(graph_pass, self.model, self.recipe, probes, progress)
 
 
 def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> ConvertResult:
@@ -194,7 +202,7 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         conversion.model,
         options.output,
         sidecars=checkpoint.sidecars,
-        extra_files=client_files(checkpoint.config, options.kv_cache, checkpoint.sidecars),
+        extra_files=client_files(checkpoint.config, conversion.kv_cache, checkpoint.sidecars),
         manifest=_manifest(conversion, options, progress),
         overwrite=options.overwrite,
         share_weights=options.share_weights,
@@ -208,7 +216,8 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         output=options.output,
         target=conversion.target.name,
         recipe=conversion.recipe.name,
-        kv_cache=options.kv_cache,
+        kv_cache=conversion.kv_cache,
+        compute=conversion.compute,
         passes=conversion.reports,
         bytes=sum(tensor.nbytes for tensor in conversion.plan.tensors),
         tensors=sum(1 for _ in conversion.plan.tensors),
@@ -248,7 +257,8 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         output=options.output,
         target=conversion.target.name,
         recipe=conversion.recipe.name,
-        kv_cache=options.kv_cache,
+        kv_cache=conversion.kv_cache,
+        compute=conversion.compute,
         passes=conversion.reports,
         table=table,
         files=files,
@@ -266,7 +276,7 @@ def _planned_files(conversion: _Conversion) -> dict[str, int]:
         MODEL_FILE: len(serialize_model(conversion.model, conversion.plan)),
     }
     files |= {path.name: path.stat().st_size for path in checkpoint.sidecars}
-    written = client_files(checkpoint.config, conversion.options.kv_cache, checkpoint.sidecars)
+    written = client_files(checkpoint.config, conversion.kv_cache, checkpoint.sidecars)
     return files | {name: len(text.encode()) for name, text in written.items()}
 
 
@@ -306,11 +316,16 @@ def _open(options: ConvertOptions | PlanOptions) -> Checkpoint:
 def _target(options: ConvertOptions | PlanOptions) -> Target:
     if options.target not in TARGETS:
         raise UsageError(f"unknown target {options.target!r}", f"known targets: {', '.join(TARGETS)}")
-    target = TARGETS[options.target]
-    if options.kv_cache not in target.kv_caches:
-        known = ", ".join(target.kv_caches)
-        raise UsageError(f"target {target.name} has no {options.kv_cache!r} KV cache", f"it has: {known}")
-    return target
+    return TARGETS[options.target]
+
+
+def _choice(target: Target, kind: str, known: Sequence[str], wanted: str | None) -> str:
+    """What was asked for, or the target's default where nothing was."""
+    if wanted is None:
+        return known[0]
+    if wanted not in known:
+        raise UsageError(f"target {target.name} has no {wanted!r} {kind}", f"it has: {', '.join(known)}")
+    return wanted
 
 
 def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -331,7 +346,9 @@ def _manifest(conversion: _Conversion, options: ConvertOptions, progress: Progre
         "config": dataclasses.asdict(checkpoint.config),
         "target": conversion.target.name,
         "recipe": conversion.recipe.to_dict(),
-        "kv_cache": options.kv_cache,
+        "kv_cache": conversion.kv_cache,
+        "compute": conversion.compute,
+        "calls": conversion.target.calls,
         "passes": [
             {"name": r.name, "fired": r.fired, "skipped": dict(Counter(reason for _, reason in r.skipped))}
             for r in conversion.reports

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from l4convert.frontend.compute import ComputeType
 from l4convert.graph_passes import PASSES, Pass
-from l4convert.targets import cpu, portable
+from l4convert.targets import cpu, portable, tensorrt_rtx
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,19 @@ class Target:
         summary: One line for ``l4convert targets``.
         lowering: Passes that run after the canonical ones, in order.
         kv_caches: Forms of the cache that it can have, the default first.
+        compute: Types that its graphs can compute in, the default first.
+        calls: "in_place": the host cuts and packs calls (l4convert/runtime/calls.py); "any": the graph takes any call.
     """
 
     name: str
     summary: str
     lowering: tuple[Pass, ...]
     kv_caches: tuple[str, ...] = ("growing", "static", "windowed")
+    compute: tuple[ComputeType, ...] = ("float32",)
+    calls: Literal["any", "in_place"] = "any"
+
+
+_ON_GPU: tuple[ComputeType, ...] = ("bfloat16", "float16", "float32")
 
 
 def _passes(names: tuple[str, ...]) -> tuple[Pass, ...]:
@@ -35,5 +44,6 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("cpu", cpu.SUMMARY, _passes(cpu.LOWERING)),
         Target("portable", portable.SUMMARY, _passes(portable.LOWERING)),
+        Target("tensorrt-rtx", tensorrt_rtx.SUMMARY, _passes(tensorrt_rtx.LOWERING), ("static",), _ON_GPU, "in_place"),
     )
 }

@@ -68,6 +68,11 @@ class LazyTensor(ir.TensorProtocol):
         return ()
 
     @property
+    def member(self) -> tuple[int, ...]:
+        """Which part of its sources it is, where it is a :class:`Member` of a stack; () where it is the whole."""
+        return ()
+
+    @property
     def origin(self) -> str:
         """The first of them, as an error names it: "model-00001.safetensors: tensor 'a.weight'"."""
         name = f"tensor {(self.sources or (self.name or 'without a name',))[0]!r}"
@@ -226,6 +231,10 @@ class Derived(LazyTensor):
     def files(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
 
+    @property
+    def member(self) -> tuple[int, ...]:
+        return self.parts[0].member if len(self.parts) == 1 else ()
+
 
 class Transposed(Derived):
     """Last two axes swapped."""
@@ -262,6 +271,25 @@ class Stacked(Derived):
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         return self.parts[batch].tile(0, rows, cols)
+
+
+class Member(Derived):
+    """One matrix of a stack: ``part[index]`` of its first axis."""
+
+    def __init__(self, part: LazyTensor, index: int) -> None:
+        _, rows, cols = part.matrix
+        super().__init__([part], part.dtype, part.dims[1:], (1, rows, cols))
+        self.index = index
+
+    @property
+    def member(self) -> tuple[int, ...]:
+        return (self.index, *self.parts[0].member)
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self.parts[0].tile(self.index, rows, cols)
+
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self.parts[0].packed(self.index, rows, cols)
 
 
 class SideBySide(Derived):

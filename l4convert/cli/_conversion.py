@@ -28,7 +28,7 @@ KV caches:
 
 
 def conversion_options(function: F) -> F:
-    """Decorator: target, recipe, block size, form of the cache, sharing."""
+    """Decorator: target, recipe, block size, form of the cache, compute type, sharing."""
     options = [
         click.option("--target", default="cpu", show_default=True, metavar="NAME", shell_complete=target_names,
                      help="What to make it for; `l4convert targets` lists them."),
@@ -36,8 +36,10 @@ def conversion_options(function: F) -> F:
                      help="How to quantize; see below."),
         click.option("--block-size", type=click.Choice([32, 64, 128]),
                      help="Weights that share an INT4 scale.  [default: the recipe's]"),
-        click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]), default="growing",
-                     show_default=True, help="Form of the key/value cache; see below."),
+        click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]),
+                     help="Form of the key/value cache; see below.  [default: the target's first]"),
+        click.option("--compute", type=click.Choice(["float32", "bfloat16", "float16"]),
+                     help="Type of activations and caches.  [default: the target's first]"),
         click.option("--share-weights", is_flag=True,
                      help="Leave weights that need no change in the checkpoint's own files; OUT gets links to them."),
     ]  # fmt: skip

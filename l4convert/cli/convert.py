@@ -68,6 +68,7 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "target": result.target,
         "recipe": result.recipe,
         "kv_cache": result.kv_cache,
+        "compute": result.compute,
         "passes": passes_payload(result.passes),
         "bytes": result.bytes,
         "tensors": result.tensors,
@@ -91,6 +92,7 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
             ("target", result.target),
             ("recipe", result.recipe),
             ("KV cache", result.kv_cache),
+            ("computes in", result.compute),
         ]
     )
     following = f"Next: l4convert validate {result.output} --reference {options.checkpoint}"

@@ -21,6 +21,10 @@ def command(ctx: click.Context) -> None:
     """List the targets of `convert --target`."""
     from l4convert.targets import TARGETS
 
-    rows = [(target.name, ", ".join(target.kv_caches), target.summary) for target in TARGETS.values()]
-    payload = [{"name": t.name, "summary": t.summary, "kv_caches": list(t.kv_caches)} for t in TARGETS.values()]
-    settings_of(ctx).emit("targets", {"targets": payload}, table(["target", "KV caches", "what it is"], rows))
+    rows = [(t.name, ", ".join(t.kv_caches), ", ".join(t.compute), t.summary) for t in TARGETS.values()]
+    payload = [
+        {"name": t.name, "summary": t.summary, "kv_caches": list(t.kv_caches), "compute": list(t.compute)}
+        for t in TARGETS.values()
+    ]
+    text = table(["target", "KV caches", "computes in", "what it is"], rows)
+    settings_of(ctx).emit("targets", {"targets": payload}, text)

@@ -175,13 +175,17 @@ def _initializers(model: ir.Model) -> Iterable[ir.Value]:
 def _grouped(external: Iterable[tuple[ir.Value, ...]]) -> list[list[tuple[ir.Value, ...]]]:
     """Groups in the order of their first members.
 
-    Members have the same sources and as many matrices, of as many rows or a whole number of times fewer: the scales of
-    blocks of rows.
+    Members have the same sources (or the same part of them) and as many matrices, of as many rows or a whole number of
+    times fewer: the scales of blocks of rows.
     """
     related: dict[Hashable, list[tuple[ir.Value, ...]]] = {}
     for values in external:
         tensor = _tensor(values[0])
-        together = isinstance(tensor, LazyTensor) and bool(tensor.sources) and (tensor.sources, tensor.matrix[0])
+        together = (
+            isinstance(tensor, LazyTensor)
+            and bool(tensor.sources)
+            and (tensor.sources, tensor.member, tensor.matrix[0])
+        )
         related.setdefault(together or id(tensor), []).append(values)
     groups: list[list[tuple[ir.Value, ...]]] = []
     for members in related.values():

@@ -40,6 +40,7 @@ class ConversionPlan:
     target: str
     recipe: str
     kv_cache: str
+    compute: str
     passes: tuple[PassReport, ...]
     table: tuple[TensorPlan, ...]
     files: Mapping[str, int]

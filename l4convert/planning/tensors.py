@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import Derived, LazyTensor
+from l4convert.checkpoint.lazy import Derived, LazyTensor, Member
 from l4convert.checkpoint.parameters import ROUTED
 from l4convert.emit.plan import PlannedTensor, WeightsPlan
 from l4convert.emit.write import MODEL_FILE
@@ -79,8 +79,17 @@ def group_elements(group: Iterable[PlannedTensor]) -> int:
     """How many elements of the checkpoint the tensors of a group are computed from."""
     leaves: dict[Hashable, int] = {}
     for planned in group:
-        leaves |= {id(tensor): tensor.size for tensor in _leaves(planned.tensor)}
+        leaves |= {id(leaf): _elements_used(planned.tensor, leaf) for leaf in _leaves(planned.tensor)}
     return sum(leaves.values())
+
+
+def _elements_used(tensor: ir.TensorProtocol, leaf: LazyTensor) -> int:
+    """How many elements of one of its leaves a tensor is computed from: a member of a stack uses its share."""
+    while isinstance(tensor, Derived):
+        if isinstance(tensor, Member):
+            return leaf.size // max(1, tensor.parts[0].matrix[0])
+        tensor = tensor.parts[0]
+    return leaf.size
 
 
 def _leaves(tensor: ir.TensorProtocol) -> Iterator[LazyTensor]:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.runtime.manifest import KvCache
@@ -62,29 +64,23 @@ class FedBackCache:
     """Growing and windowed: what came out as present goes in as past, whatever its length; it starts with length 0."""
 
     def __init__(self, session: Any, names: CacheNames, batch: int, max_length: int, dtype: np.dtype[Any]) -> None:
-        from onnxruntime import OrtValue
-
         self._session = session
         self._names = names
         empty = np.zeros((batch, names.heads, 0, names.head_dim), dtype)
-        self._past: dict[str, Any] = {name: OrtValue.ortvalue_from_numpy(empty) for name in names.past}
+        self._past: dict[str, Any] = {name: ort_value(empty) for name in names.past}
 
     def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
         """Run once; the caches stay in ONNX Runtime's memory and are never copied to numpy."""
-        from onnxruntime import OrtValue
-
-        inputs = {name: OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        inputs = {name: ort_value(array) for name, array in feeds.items()}
         logits, *present = self._session.run_with_ort_values(["logits", *self._names.present], inputs | self._past)
         self._past = dict(zip(self._names.past, present, strict=True))
-        return _as_float32(logits)
+        return as_float32(logits)
 
 
 class StaticCache:
     """Static: buffers made once and bound as past and as present, so that a call updates them in place."""
 
     def __init__(self, session: Any, names: CacheNames, batch: int, max_length: int, dtype: np.dtype[Any]) -> None:
-        from onnxruntime import OrtValue
-
         self._session = session
         self._binding = session.io_binding()
         self._binding.bind_output("logits", "cpu")  # first, so that it is the first of get_outputs()
@@ -92,7 +88,7 @@ class StaticCache:
         for past, present, slots in zip(names.past, names.present, names.slots, strict=True):
             length = max_length if slots is None else min(slots, max_length)
             # Zeros, because unused slots are masked by adding to their scores, and garbage may be NaN.
-            buffer = OrtValue.ortvalue_from_numpy(np.zeros((batch, names.heads, length, names.head_dim), dtype))
+            buffer = ort_value(np.zeros((batch, names.heads, length, names.head_dim), dtype))
             self._binding.bind_ortvalue_input(past, buffer)
             self._binding.bind_ortvalue_output(present, buffer)
             self._buffers.append(buffer)
@@ -103,12 +99,25 @@ class StaticCache:
             self._binding.bind_cpu_input(name, array)
         self._binding.bind_output("logits", "cpu")  # anew: its shape differs from call to call
         self._session.run_with_iobinding(self._binding)
-        return _as_float32(self._binding.get_outputs()[0])
+        return as_float32(self._binding.get_outputs()[0])
 
 
-def _as_float32(value: Any) -> FloatArray:
-    array: FloatArray = np.asarray(value.numpy(), np.float32)
-    return array
+def ort_value(array: np.ndarray) -> Any:
+    """An ``OrtValue`` on the CPU; NumPy has no bfloat16 of its own, so ONNX Runtime is given the bits and the type."""
+    from onnxruntime import OrtValue
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
+    return OrtValue.ortvalue_from_numpy(array)
+
+
+def as_float32(value: Any) -> FloatArray:
+    """The content of an ``OrtValue`` of any floating type."""
+    array = value.numpy()
+    if value.element_type() == ir.DataType.BFLOAT16:
+        array = array.view(ml_dtypes.bfloat16)
+    result: FloatArray = np.asarray(array, np.float32)
+    return result
 
 
 CACHE_FORMS: Mapping[KvCache, Callable[[Any, CacheNames, int, int, np.dtype[Any]], KvCacheState]] = {

@@ -20,7 +20,7 @@ from typing import Any
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import UsageError
-from l4convert.runtime.session import FLOAT_ACTIVATIONS
+from l4convert.runtime.session import SETTINGS
 
 GENAI_KV_CACHES = ("growing", "static")
 """Caches that ONNX Runtime GenAI can drive; a windowed one it cannot, as it sizes every layer's ``present`` alike."""
@@ -75,7 +75,7 @@ def genai_config(
 def _decoder(config: DecoderConfig) -> dict[str, Any]:
     return {
         "filename": "model.onnx",
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **FLOAT_ACTIVATIONS},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **SETTINGS},
         "hidden_size": config.hidden_size,
         "head_size": config.head_dim,
         "num_attention_heads": config.num_attention_heads,

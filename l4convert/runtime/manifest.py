@@ -23,6 +23,8 @@ class ArtifactInfo:
     Attributes:
         path: The artifact's folder.
         recipe: Name of the quantization recipe; ``schemes``: those that its rules name; ``target``: of the lowering.
+        compute: The type of activations and caches.
+        calls: "in_place" where calls must be cut and packed (l4convert/runtime/calls.py), else "any".
     """
 
     path: Path
@@ -31,6 +33,8 @@ class ArtifactInfo:
     schemes: frozenset[str]
     target: str
     config: DecoderConfig
+    compute: str
+    calls: str
 
 
 def read_artifact(path: Path) -> ArtifactInfo:
@@ -45,11 +49,13 @@ def read_artifact(path: Path) -> ArtifactInfo:
         kv_cache, recipe, target = (_name(manifest[key]) for key in ("kv_cache", "recipe", "target"))
         config = config_from_json(manifest["config"])
         schemes = _schemes(manifest["recipe"])
+        # Artifacts of earlier versions do not say: they compute in float32 and take any call.
+        compute, calls = _name(manifest.get("compute", "float32")), _name(manifest.get("calls", "any"))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: damaged manifest: {error!r}", "Convert the checkpoint again.") from error
     if kv_cache not in get_args(KvCache):
         raise InputError(f"{file}: kv_cache is {kv_cache!r}, expected one of {', '.join(get_args(KvCache))}")
-    return ArtifactInfo(path, cast("KvCache", kv_cache), recipe, schemes, target, config)
+    return ArtifactInfo(path, cast("KvCache", kv_cache), recipe, schemes, target, config, compute, calls)
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:

@@ -6,12 +6,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import ml_dtypes
 import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError, UsageError, backend_missing
 from l4convert.runtime.caches import CACHE_FORMS, CacheNames, KvCacheState
+from l4convert.runtime.calls import in_place_calls
+from l4convert.runtime.cpu_form import cpu_form_of
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.runner import FloatArray, IntArray, check_step, check_vocabulary
 
@@ -21,11 +24,12 @@ DEFAULT_MAX_LENGTH = 4096
 
 # Session configuration under which ONNX Runtime computes what the graph says. It rewrites MatMul with a dequantized
 # INT4 matrix to MatMulNBits, by default (4) with activations rounded to int8; 1 keeps them float32.
-FLOAT_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 _CACHE_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
 }
 
 
@@ -63,7 +67,10 @@ class OrtSession:
         if max_length is not None and not 0 < max_length <= limit:
             raise UsageError(f"a maximum length of {max_length} is not between 1 and the model's {limit} positions")
         default = min(DEFAULT_MAX_LENGTH, limit) if info.kv_cache == "static" else limit
-        return cls(info, load_model(artifact / MODEL_FILE, threads), max_length or default)
+        # Graphs of the other runtimes are lowered to what this one fuses well.
+        bfloat16, fuse = info.compute == "bfloat16", info.calls == "any"
+        session = load_model(artifact / MODEL_FILE, threads, cpu_form=bfloat16, fuse_quantized=fuse)
+        return cls(info, session, max_length or default)
 
     @property
     def name(self) -> str:
@@ -116,10 +123,20 @@ class OrtStream:
         """
         new = check_step(input_ids, mask, self.mask.shape[0])
         self._check_room(input_ids)
+        lengths = self.mask.sum(axis=1)
         self.mask = np.concatenate([self.mask, new], axis=1)
-        feeds = {"input_ids": np.ascontiguousarray(input_ids, np.int64), "attention_mask": self.mask}
+        input_ids = np.ascontiguousarray(input_ids, np.int64)
+        if self._session.info.calls == "any":
+            return self._run(input_ids, self.mask)
+        result: FloatArray = np.zeros((*input_ids.shape, self._session.config.vocab_size), np.float32)
+        for call in in_place_calls(lengths, new, self._session.config.attention_chunk_size):
+            call.put(self._run(call.take(input_ids), call.attention_mask()), result)
+        return result
+
+    def _run(self, input_ids: IntArray, mask: IntArray) -> FloatArray:
+        """One call of the graph: logits [B,S,vocabulary]."""
         try:
-            logits = self._cache.run(feeds)
+            logits = self._cache.run({"input_ids": input_ids, "attention_mask": mask})
         except Exception as error:  # onnxruntime's exception types are private and differ between versions
             summary = _summary(error)
             file = self._session.info.path / MODEL_FILE
@@ -144,13 +161,23 @@ class OrtStream:
 _SUMMARY_CHARS = 240
 
 
-def load_model(model: Path, threads: int | None = None, *, optimized: bool = True) -> Any:
+def load_model(
+    model: Path,
+    threads: int | None = None,
+    *,
+    optimized: bool = True,
+    cpu_form: bool = False,
+    fuse_quantized: bool = True,
+) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU.
 
     Args:
         model: Path of ``model.onnx``.
         threads: Threads for one operator; default: ONNX Runtime's choice.
         optimized: Whether ONNX Runtime may rewrite the graph; False: every node runs as it is written.
+        fuse_quantized: Whether it may fuse DequantizeLinear with what follows. It does so even where no kernel takes
+            FP8, and looks in the wrong graph for weights that a loop uses (1.31).
+        cpu_form: Whether the graph computes in bfloat16, and so has to be rewritten (l4convert/runtime/cpu_form.py).
 
     Raises:
         InputError: The file is absent or ONNX Runtime refuses it.
@@ -168,10 +195,16 @@ def load_model(model: Path, threads: int | None = None, *, optimized: bool = Tru
         options.intra_op_num_threads = threads
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for key, value in FLOAT_ACTIVATIONS.items():
+    for key, value in SETTINGS.items():
         options.add_session_config_entry(key, value)
+    if not fuse_quantized:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    source: str | bytes = str(model)
+    if cpu_form:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+        source = cpu_form_of(model)
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
         summary = _summary(error)
         hint = "`l4convert verify` tells whether the artifact is whole; `l4convert doctor` which ONNX Runtime is here."

@@ -13,7 +13,7 @@ from l4convert.checkpoint import open_checkpoint
 from l4convert.errors import CheckFailed, InputError
 from l4convert.graph_passes import CANONICAL_PASSES, verification
 from l4convert.graph_passes.base import Outcome, Pass
-from l4convert.graph_passes.verification import probes, verified
+from l4convert.graph_passes.verification import Probes, probe_feeds, verified
 from l4convert.progress import NO_PROGRESS
 from l4convert.quantization.recipe import load_recipe
 from l4convert.targets import TARGETS
@@ -41,7 +41,7 @@ def test_every_pass_of_every_target_is_verified(layouts, layout, target, kv_cach
     checkpoint = layouts[layout]
     model, rules = canonical(checkpoint, kv_cache), load_recipe(recipe)
     for graph_pass in (*CANONICAL_PASSES, *TARGETS[target].lowering):
-        report = verified(graph_pass, model, rules, checkpoint.config, kv_cache, NO_PROGRESS)
+        report = verified(graph_pass, model, rules, Probes(checkpoint.config, kv_cache), NO_PROGRESS)
         assert report.name == graph_pass.name
 
 
@@ -50,7 +50,7 @@ def test_chunks_of_any_size(tmp_path, chunk):
     checkpoint = open_checkpoint(write_random_checkpoint(tmp_path, attention_chunk_size=chunk, num_hidden_layers=2))
     for kv_cache in ("growing", "windowed", "static"):
         model = canonical(checkpoint, kv_cache)
-        verified(CANONICAL_PASSES[0], model, NONE, checkpoint.config, kv_cache, NO_PROGRESS)
+        verified(CANONICAL_PASSES[0], model, NONE, Probes(checkpoint.config, kv_cache), NO_PROGRESS)
 
 
 def _scale_the_values(model: ir.Model, recipe: Any) -> Outcome:
@@ -112,7 +112,7 @@ BROKEN = {
 def test_a_broken_pass_is_named_with_the_output(scout, run):
     broken = Pass("break_it", "does harm", run)
     with pytest.raises(CheckFailed, match=f"pass break_it: .*{BROKEN[run]}"):
-        verified(broken, canonical(scout), NONE, scout.config, "growing", NO_PROGRESS)
+        verified(broken, canonical(scout), NONE, Probes(scout.config, "growing"), NO_PROGRESS)
 
 
 @pytest.mark.parametrize(("run", "caught"), [(_scale_the_values, False), (_divide_by_zero, True)])
@@ -120,9 +120,9 @@ def test_quantization_may_change_numbers_but_not_make_nan(scout, run, caught):
     lossy = Pass("quantize_badly", "rounds", run, exact=False)
     if caught:
         with pytest.raises(CheckFailed, match="pass quantize_badly: inside a chunk: logits is not finite"):
-            verified(lossy, canonical(scout), NONE, scout.config, "growing", NO_PROGRESS)
+            verified(lossy, canonical(scout), NONE, Probes(scout.config, "growing"), NO_PROGRESS)
     else:
-        assert verified(lossy, canonical(scout), NONE, scout.config, "growing", NO_PROGRESS).fired == 1
+        assert verified(lossy, canonical(scout), NONE, Probes(scout.config, "growing"), NO_PROGRESS).fired == 1
 
 
 def test_a_pass_in_the_table_that_is_broken_stops_the_conversion(scout, tmp_path, monkeypatch):
@@ -140,17 +140,17 @@ def test_a_graph_that_does_not_fit_in_memory_is_refused_before_it_runs(scout, mo
     monkeypatch.setattr(verification, "_available_memory", lambda: 1_000_000)
     model = canonical(scout)
     with pytest.raises(InputError, match=r"takes about 0\.0 GB of memory; 0\.0 GB are free"):
-        verified(CANONICAL_PASSES[0], model, NONE, scout.config, "growing", NO_PROGRESS)
+        verified(CANONICAL_PASSES[0], model, NONE, Probes(scout.config, "growing"), NO_PROGRESS)
     assert any(n.op_type == "Attention" for n in model.graph)  # the pass did not run
 
 
 def test_probes_cross_a_boundary_and_have_padding(scout):
-    cases = dict(probes(scout.config, "static"))
+    cases = dict(probe_feeds(Probes(scout.config, "static")))
     chunk = scout.config.attention_chunk_size
     across = cases["across a boundary"]["attention_mask"].shape[1]
     assert across - 7 < chunk < across
     assert cases["inside a chunk"]["attention_mask"].shape[1] <= chunk
     assert (cases["padded batch"]["attention_mask"] == 0).any()
-    again = dict(probes(scout.config, "static"))
+    again = dict(probe_feeds(Probes(scout.config, "static")))
     for name, feeds in cases.items():
         assert all(np.array_equal(value, again[name][key]) for key, value in feeds.items())
