@@ -1,5 +1,6 @@
 """Run an artifact: sessions with their key/value caches, sampling, the tokenizer and text generation."""
 
+from l4convert.runtime.engine_session import EngineSession, EngineStream
 from l4convert.runtime.generate import eos_token_ids, generate, generate_text
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.runner import Runner, Stream
@@ -9,6 +10,8 @@ from l4convert.runtime.tokenizer import TextStream, TextTokenizer
 
 __all__ = [
     "ArtifactInfo",
+    "EngineSession",
+    "EngineStream",
     "OrtSession",
     "OrtStream",
     "Runner",

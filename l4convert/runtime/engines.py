@@ -94,7 +94,7 @@ def read_engines(artifact: Path) -> tuple[Engine, ...]:
         raise InputError(f"{artifact}: has no engine", f"Make one: l4convert build {artifact} --target NAME")
     try:
         names = list(dict.fromkeys(str(entry["hardware"]) for entry in entries))
-        layers = int(manifest["config"]["num_hidden_layers"])
+        layers = len(manifest["config"]["layers"])
         engines = [_engine(artifact, name, [e for e in entries if e["hardware"] == name]) for name in names]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{file}: damaged entry of an engine: {error!r}", _REBUILD) from error
