@@ -77,16 +77,8 @@ class CacheRoom:
 
     def zeros(self, names: CacheNames, slots: int) -> Any:
         """A cache of so many slots, as an ``OrtValue`` on the device."""
-        from onnxruntime import OrtValue
-
-        shape = (self.batch, names.heads, slots, names.head_dim)
-        host = ort_value(np.zeros(shape, self.dtype))
-        if self.device == "cpu":
-            return host
-        value = OrtValue.ortvalue_from_shape_and_type(shape, host.element_type(), self.device, 0)
-        if slots:
-            value.update_inplace(host)
-        return value
+        host = ort_value(np.zeros((self.batch, names.heads, slots, names.head_dim), self.dtype))
+        return host if self.device == "cpu" else copy_to(host, self.device)
 
 
 class FedBackCache:
@@ -144,6 +136,16 @@ def ort_value(array: np.ndarray) -> Any:
     if array.dtype == ml_dtypes.bfloat16:
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
     return OrtValue.ortvalue_from_numpy(array)
+
+
+def copy_to(value: Any, device: str) -> Any:
+    """A copy of an ``OrtValue`` in a provider's memory."""
+    from onnxruntime import OrtValue
+
+    copied = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device, 0)
+    if 0 not in value.shape():
+        copied.update_inplace(value)
+    return copied
 
 
 def as_float32(value: Any) -> FloatArray:

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from l4convert.errors import DeviceError, backend_missing
+from l4convert.gpus import Gpu
 from l4convert.runtime.device import Shape
-from l4convert.runtime.gpus import Gpu
 from l4convert.runtime.kernel_cache import KernelCache
 
 

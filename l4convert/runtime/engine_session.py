@@ -11,12 +11,12 @@ import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import BackendMissing, UsageError
+from l4convert.gpus import Gpu, Gpus, find_gpus
 from l4convert.runtime.bound_engine import GRAPH_USES, BoundEngine
 from l4convert.runtime.calls import InPlaceCall, in_place_calls
 from l4convert.runtime.device import Device
 from l4convert.runtime.engine_layout import longest_call
 from l4convert.runtime.engines import MODULES, Engine, check_engine_files, choose_engine, named_engines, read_engines
-from l4convert.runtime.gpus import Gpu, Gpus, find_gpus
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.runner import FloatArray, IntArray, check_step, check_vocabulary
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from l4convert.emit.digest import file_digest
 from l4convert.emit.staging import MANIFEST_FILE, reported
 from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError, UsageError
-from l4convert.runtime.gpus import Gpu
+from l4convert.gpus import Gpu
 
 MODULES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 """Python module that makes and runs an engine -> what it is called."""
 
+# What the plans of one engine have in common.
+_SHARED = ("compute_capability", "builder", "max_batch", "max_context", "profiles")
 _REBUILD = "Run `l4convert build` again."
 
 
@@ -93,14 +95,13 @@ def read_engines(artifact: Path) -> tuple[Engine, ...]:
     if not entries:
         raise InputError(f"{artifact}: has no engine", f"Make one: l4convert build {artifact} --target NAME")
     try:
-        names = list(dict.fromkeys(str(entry["hardware"]) for entry in entries))
         layers = len(manifest["config"]["layers"])
-        engines = [_engine(artifact, name, [e for e in entries if e["hardware"] == name]) for name in names]
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for entry in entries:
+            groups.setdefault(str(entry["hardware"]), []).append(entry)
+        return tuple(_engine(artifact, name, group, layers) for name, group in groups.items())
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{file}: damaged entry of an engine: {error!r}", _REBUILD) from error
-    for engine in engines:
-        _check_layers(engine, layers)
-    return tuple(engines)
 
 
 def named_engines(engines: Sequence[Engine], hardware: str | None, artifact: Path) -> tuple[Engine, ...]:
@@ -159,25 +160,57 @@ def check_engine_files(artifact: Path, engine: Engine) -> None:
             raise InputError(f"{plan.path}: its SHA-256 is not that of the manifest", _REBUILD)
 
 
-def _engine(artifact: Path, hardware: str, entries: Sequence[Mapping[str, Any]]) -> Engine:
-    first = entries[0]
-    shared = ("compute_capability", "builder", "max_batch", "max_context", "profiles")
-    for key in shared:
-        if any(entry[key] != first[key] for entry in entries):
-            raise ValueError(f"the plans for {hardware} differ in {key}")
-    module = str(first["builder"]["name"])
+def _engine(artifact: Path, hardware: str, entries: Sequence[Mapping[str, Any]], layers: int) -> Engine:
+    """The engine of one hardware profile; where it was built in several ways, the one of the fewest plans."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        kinds.setdefault(json.dumps([entry[key] for key in _SHARED]), []).append(entry)
+    reached = 0
+    for alike in kinds.values():
+        files, reached_now = _chain([_file(artifact, entry) for entry in alike], layers)
+        if files:
+            return _described(hardware, alike[0], files)
+        reached = max(reached, reached_now)
+    raise InputError(
+        f"{artifact / Path(entries[0]['path']).parent}: no plan begins at layer {reached} of {layers} with the "
+        "settings of those before it",
+        "Build every segment with the same options: l4convert build with --layers-per-engine.",
+    )
+
+
+def _chain(plans: Sequence[EngineFile], layers: int, start: int = 0) -> tuple[tuple[EngineFile, ...], int]:
+    """Plans that follow each other from a layer to the last one, the longest first.
+
+    Returns:
+        The plans, none where there are none such, and the layer up to which there are some.
+    """
+    reached = start
+    for plan in sorted((plan for plan in plans if plan.first == start < plan.stop), key=lambda plan: -plan.stop):
+        if plan.stop == layers:
+            return (plan,), layers
+        rest, stop = _chain(plans, layers, plan.stop)
+        if rest:
+            return (plan, *rest), layers
+        reached = max(reached, stop)
+    return (), reached
+
+
+def _described(hardware: str, entry: Mapping[str, Any], files: tuple[EngineFile, ...]) -> Engine:
+    module = str(entry["builder"]["name"])
     if module not in MODULES:
         raise ValueError(f"builder is {module!r}")
-    files = sorted((_file(artifact, entry) for entry in entries), key=lambda plan: plan.first)
+    profiles = tuple(_profile(profile) for profile in entry["profiles"])
+    if not any(profile.least == 1 for profile in profiles):
+        raise ValueError("no profile takes one token")
     return Engine(
         hardware=hardware,
-        compute_capability=str(first["compute_capability"]),
+        compute_capability=str(entry["compute_capability"]),
         module=module,
-        version=str(first["builder"]["version"]),
-        max_batch=int(first["max_batch"]),
-        max_context=int(first["max_context"]),
-        profiles=tuple(_profile(profile) for profile in first["profiles"]),
-        files=tuple(files),
+        version=str(entry["builder"]["version"]),
+        max_batch=int(entry["max_batch"]),
+        max_context=int(entry["max_context"]),
+        profiles=profiles,
+        files=files,
     )
 
 
@@ -206,12 +239,3 @@ def _file(artifact: Path, entry: Mapping[str, Any]) -> EngineFile:
 def _tensors(entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
     for entry in entries:
         yield str(entry["name"]), Tensor(str(entry["name"]), str(entry["dtype"]), tuple(map(int, entry["shape"])))
-
-
-def _check_layers(engine: Engine, layers: int) -> None:
-    edges = [0, *(edge for plan in engine.files for edge in (plan.first, plan.stop)), layers]
-    for index, (stop, start) in enumerate(pairwise(edges)):
-        if index % 2 == 0 and stop != start:
-            folder = engine.files[0].path.parent
-            what = f"layers {stop} to {start - 1} have no plan" if stop < start else f"layer {start} is in two plans"
-            raise InputError(f"{folder}: {what}", "Build every segment: l4convert build with --layers-per-engine.")

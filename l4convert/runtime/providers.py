@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any, Literal
 
 from l4convert.errors import INSTALL, BackendMissing
-from l4convert.runtime.gpus import Gpus, find_gpus
+from l4convert.gpus import Gpus, find_gpus
 
 Provider = Literal["cpu", "cuda"]
 
@@ -39,7 +41,8 @@ def prepare(onnxruntime: Any, provider: Provider, gpus: Callable[[], Gpus] = fin
             f"{found.problem} on this machine, and {wanted} runs on an NVIDIA GPU only",
             "`l4convert doctor` shows what was found; without --provider the CPU runs the artifact.",
         )
-    onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them; without these the system's own are looked for
+    with redirect_stdout(StringIO()):  # it prints what it does not find
+        onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them; the system's own are looked for otherwise
 
 
 def check_started(session: Any, provider: Provider) -> None:

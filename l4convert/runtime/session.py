@@ -85,8 +85,8 @@ class OrtSession:
 
     @property
     def name(self) -> str:
-        """The artifact's folder name."""
-        return self.info.path.name
+        """The artifact's folder name, and where it runs unless that is the CPU."""
+        return self.info.path.name if self.provider == "cpu" else f"{self.info.path.name}, {PROVIDERS['cuda'][0]}"
 
     @property
     def config(self) -> DecoderConfig:

@@ -18,8 +18,8 @@ import onnxruntime
 
 from l4convert.emit import read_manifest
 from l4convert.emit.manifest import encode_manifest
+from l4convert.gpus import Gpu, Gpus
 from l4convert.runtime.engines import Engine
-from l4convert.runtime.gpus import Gpu, Gpus
 
 GPU = Gpu(0, "Fake RTX", "8.9", 24 << 30)
 CONTEXT, BATCH, PREFILL = 48, 3, 16

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from l4convert.errors import DeviceError
+from l4convert.gpus import Gpu
 from l4convert.runtime import cuda
 from l4convert.runtime.cuda import CudaDevice
-from l4convert.runtime.gpus import Gpu
 from tests.runtime.fake_cuda import Code, Cuda, Engine, tensorrt
 
 GPU = Gpu(0, "Fake", "8.9", 1 << 30)

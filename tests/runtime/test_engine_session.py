@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l4convert.errors import BackendMissing, DeviceError, InputError, UsageError
+from l4convert.gpus import Gpu, Gpus
 from l4convert.runtime import EngineSession, Sampler, SamplingOptions, generate
-from l4convert.runtime.gpus import Gpu, Gpus
 from tests.runtime.fake_device import BATCH, CONTEXT, GPU, PREFILL, FakeDevice, add_engines, gpus, opener
 
 LENGTH = 37  # chunks of 8: four boundaries inside

@@ -12,6 +12,7 @@ import pytest
 from l4convert.emit import read_manifest
 from l4convert.emit.manifest import encode_manifest
 from l4convert.errors import InputError, UsageError
+from l4convert.gpus import Gpu
 from l4convert.runtime.engine_layout import choose_profile, concrete, plan_layout
 from l4convert.runtime.engines import (
     Engine,
@@ -22,7 +23,6 @@ from l4convert.runtime.engines import (
     named_engines,
     read_engines,
 )
-from l4convert.runtime.gpus import Gpu
 from l4convert.runtime.manifest import read_artifact
 from tests.runtime.fake_device import BATCH, CONTEXT, PREFILL, add_engines
 
@@ -61,29 +61,42 @@ def test_no_engine(artifacts: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"), [([3, 4], "layers 2 to 2 have no plan"), ([1, 4], "layer 1 is in two plans")]
+    ("changes", "layer"),
+    [({"layers": [3, 4]}, 2), ({"layers": [1, 4]}, 2), ({"max_batch": 7}, 2), ({"layers": [2, 3]}, 3)],
 )
-def test_layers_that_do_not_add_up(artifact: Path, layers: list[int], message: str) -> None:
-    edit(artifact, 1, layers=layers)
-    with pytest.raises(InputError, match=message):
+def test_layers_that_do_not_add_up(artifact: Path, changes: dict[str, Any], layer: int) -> None:
+    edit(artifact, 1, **changes)
+    with pytest.raises(InputError, match=rf"engines/rtx-4090: no plan begins at layer {layer} of 4"):
         read_engines(artifact)
+
+
+def test_an_engine_built_in_several_ways(artifact: Path) -> None:
+    """One whole, one in halves, one in quarters of which one is missing: those that add up, in the fewest plans."""
+    add_engines(artifact, cuts=(1, 2, 3))
+    manifest = copy.deepcopy(read_manifest(artifact))
+    del manifest["engines"][3]
+    (artifact / "l4convert.json").write_bytes(encode_manifest(manifest))
+    assert [(plan.first, plan.stop) for plan in read(artifact).files] == [(0, 2), (2, 4)]
+    add_engines(artifact)
+    assert [(plan.first, plan.stop) for plan in read(artifact).files] == [(0, 4)]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_batch": 7},
+        {"max_batch": None},
         {"path": "../elsewhere.plan"},
         {"path": "/etc/passwd"},
-        {"layers": [2]},
         {"bytes": None},
         {"builder": {"name": "os", "version": "1"}},
         {"inputs": [{"name": "input_ids"}]},
         {"profiles": []},
+        {"profiles": [{"name": "prefill", "tokens": [4, 8]}]},
     ],
 )
 def test_damaged_entries(artifact: Path, changes: dict[str, Any]) -> None:
-    edit(artifact, 1, **changes)
+    for index in (0, 1):
+        edit(artifact, index, **changes)
     with pytest.raises(InputError, match="damaged entry of an engine"):
         read_engines(artifact)
 

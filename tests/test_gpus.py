@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from l4convert.runtime.gpus import Gpu, Gpus, find_gpus
+from l4convert.gpus import Gpu, Gpus, find_gpus
 
 CARDS = [(b"NVIDIA H100 80GB HBM3", 85_000_000_000, (9, 0)), (b"NVIDIA GeForce RTX 5090", 34_000_000_000, (12, 0))]
 
