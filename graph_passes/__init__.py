@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from l4convert.graph_passes import (
+    expand_rotary_embedding,
     fuse_experts,
     inline_functions,
     lower_attention_to_gqa,
@@ -82,6 +83,11 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         "move_activation_scales",
         "FP8 activations are rounded with scale 1, and the product is multiplied by the tokens' scales",
         move_activation_scales.run,
+    ),
+    Pass(
+        "expand_rotary_embedding",
+        "RotaryEmbedding becomes products and sums of pairs",
+        expand_rotary_embedding.run,
     ),
     Pass(
         "inline_functions",

@@ -6,5 +6,6 @@ LOWERING = (
     "lower_attention_to_tensor_scatter",
     "lower_moe_to_expert_loops",
     "move_activation_scales",
+    "expand_rotary_embedding",
     "inline_functions",
 )

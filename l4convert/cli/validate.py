@@ -74,12 +74,13 @@ def command(
     from l4convert.runtime import RunWith, read_artifact
 
     settings = settings_of(ctx)
+    info = read_artifact(artifact)
     report = validate(
         artifact,
         reference,
         text=None if text is None else _read(text),
         text_name="given text" if text is None else text.name,
-        policy=None if policy is None else load_policy(policy, read_artifact(artifact).target),
+        policy=None if policy is None else load_policy(policy, info.target, info.compute),
         progress=settings.progress(),
         tokens=tokens,
         window=window,

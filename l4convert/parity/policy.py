@@ -93,23 +93,24 @@ class Policy:
     drift: Thresholds
 
 
-def default_policy(recipe: str, schemes: Collection[str], target: str) -> Policy:
+def default_policy(recipe: str, schemes: Collection[str], target: str, compute: str = "float32") -> Policy:
     """The bundled policy of a recipe; for one of the user's own, that of the coarsest scheme in it.
 
     Args:
         recipe: The recipe's name.
         schemes: The schemes that its rules name.
         target: The artifact's target, which may have limits of its own.
+        compute: The type that it computes in, likewise.
     """
     folder = resources.files("l4convert.parity").joinpath("policies")
     known = {entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")}
     name = recipe if recipe in known else next((s for s in _COARSEST_FIRST if s in schemes), "none")
     text = folder.joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return parse_policy(text, target, name=f"default for {name}", where=f"{name}.toml")
+    return parse_policy(text, target, compute, name=f"default for {name}", where=f"{name}.toml")
 
 
-def load_policy(file: Path, target: str) -> Policy:
-    """Read a policy file for artifacts of ``target``.
+def load_policy(file: Path, target: str, compute: str = "float32") -> Policy:
+    """Read a policy file for artifacts of ``target`` that compute in ``compute``.
 
     Raises:
         InputError: It cannot be read, is not TOML, or has a key or value that means nothing.
@@ -118,31 +119,48 @@ def load_policy(file: Path, target: str) -> Policy:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from error
-    return parse_policy(content, target, name=file.name, where=str(file))
+    return parse_policy(content, target, compute, name=file.name, where=str(file))
 
 
-def parse_policy(content: str, target: str, *, name: str, where: str) -> Policy:
-    """Read a policy: tables ``reference`` and ``drift``, and under ``target.NAME`` the same again to override them."""
+def parse_policy(content: str, target: str, compute: str = "float32", *, name: str, where: str) -> Policy:
+    """Read a policy: tables ``reference`` and ``drift``.
+
+    Under ``compute.NAME``, and then under ``target.NAME``, the same tables again override them.
+    """
     try:
         tables = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where}: not TOML: {error}") from error
     if tables.pop("schema", None) != SCHEMA:
         raise InputError(f"{where}: does not say schema = {SCHEMA!r}")
-    overrides = tables.pop("target", {})
-    if not isinstance(overrides, dict) or not all(isinstance(value, dict) for value in overrides.values()):
-        raise InputError(f"{where}: [target.NAME.reference] and [target.NAME.drift] are the tables for a target")
-    policies = {key: _policy(value, name, where) for key, value in overrides.items()}  # check those of others too
-    base = _policy(tables, name, where)
-    if base == Policy(name, Thresholds(), Thresholds()):
+    overrides = [_overrides(tables, kind, name, where) for kind in _OVERRIDES]
+    policy = _policy(tables, name, where)
+    if policy == Policy(name, Thresholds(), Thresholds()):
         raise InputError(f"{where}: limits nothing", f"Known limits: {', '.join(_MEASURES)}.")
-    return _merged(base, policies[target]) if target in policies else base
+    for known, wanted in zip(overrides, (compute, target), strict=True):
+        policy = _merged(policy, known[wanted]) if wanted in known else policy
+    return policy
+
+
+# Tables of tables: what they are for, in the order in which they apply.
+_OVERRIDES = ("compute", "target")
+_TABLES_HINT = "Tables: reference, drift, compute.NAME, target.NAME."
+
+
+def _overrides(tables: dict[str, Any], kind: str, name: str, where: str) -> dict[str, Policy]:
+    """Takes ``kind.NAME`` out of a policy's tables; those that are not asked for are checked too."""
+    given = tables.pop(kind, {})
+    if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
+        raise InputError(f"{where}: [{kind}.NAME.reference] and [{kind}.NAME.drift] are the tables for a {kind}")
+    return {key: _policy(value, name, where) for key, value in given.items()}
 
 
 def _policy(tables: Mapping[str, Any], name: str, where: str) -> Policy:
     unknown = tables.keys() - {"reference", "drift"}
     if unknown:
-        raise InputError(f"{where}: unknown table or key {min(unknown)!r}", "Tables: reference, drift, target.NAME.")
+        raise InputError(
+            f"{where}: unknown table or key {min(unknown)!r}", _TABLES_HINT
+        )
     return Policy(name, *(_thresholds(tables.get(key, {}), f"{where}: [{key}]") for key in ("reference", "drift")))
 
 
