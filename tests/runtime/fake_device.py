@@ -129,7 +129,10 @@ class FakePlan:
 
     def __init__(self, device: FakeDevice, file: Path, replay: frozenset[int]) -> None:
         self.device = device
-        self.session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # as the session of such artifacts does
+        self.session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
         self.types = {value.name: value.type for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.bound: dict[int, tuple[Mapping[str, tuple[int, ...]], Mapping[str, int]]] = {}
         self.replay = replay

@@ -211,6 +211,26 @@ def test_generation_is_that_of_the_cpu(built: dict[str, Path], artifacts: dict[s
     assert texts[0] == texts[1]
 
 
+def test_the_graph_that_the_builder_gets(scout_layout: Path, tmp_path: Path, ids: np.ndarray) -> None:
+    """Lowered for TensorRT-RTX, in INT4: with a mask as wide as the engine's context, the same bits as with none wider."""
+    from l4convert.pipeline import ConvertOptions, convert
+    from l4convert.runtime import OrtSession
+
+    out = tmp_path / "rtx"
+    convert(ConvertOptions(scout_layout, out, target="tensorrt-rtx", recipe="int4", compute="float32"))
+    add_engines(out)
+    mask = np.ones((2, LENGTH), np.int64)
+    mask[1, 5:20] = 0
+    logits = []
+    for runner in (opened(out), OrtSession.open(out, max_length=CONTEXT)):
+        with runner:
+            stream = runner.start(2)
+            batch = np.stack([ids, ids])
+            steps = [stream.step(batch, mask), *(stream.step(batch[:, at : at + 1]) for at in range(4))]
+            logits.append(np.concatenate(steps, axis=1)[np.concatenate([mask, np.ones((2, 4))], axis=1) == 1])
+    np.testing.assert_array_equal(*logits)
+
+
 def test_limits(built: dict[str, Path]) -> None:
     with opened(built["whole"], max_length=10) as session:
         with pytest.raises(UsageError, match=r"4 sequences at once, .* rtx-4090 was built for 3"):
