@@ -100,7 +100,13 @@ def _plan_payload(plan: BuildPlan) -> dict[str, Any]:
 
 def _plan_text(plan: BuildPlan) -> str:
     rows = [
-        (job.hardware.name, job.span.name, size(job.facts.weights_bytes), size(job.caches_bytes), size(job.memory_bytes))
+        (
+            job.hardware.name,
+            job.span.name,
+            size(job.facts.weights_bytes),
+            size(job.caches_bytes),
+            size(job.memory_bytes),
+        )
         for job in plan.jobs
     ]
     headers = ["target", "engine", "weights", "KV caches", "memory to build"]
@@ -144,7 +150,9 @@ def _text(result: BuildResult, settings: Settings) -> str:
         parts.append(f"The segments {text}.")
     if settings.verbose:
         builder = f"{result.builder.name} {result.builder.version}"
-        shapes = [(e.entry["path"], f"scratch {e.entry['scratch_bytes']}, flags {e.entry['flags']}") for e in result.engines]
+        shapes = [
+            (e.entry["path"], f"scratch {e.entry['scratch_bytes']}, flags {e.entry['flags']}") for e in result.engines
+        ]
         parts.append(fields([("builder", builder), *shapes]))
     parts.append("bytes/weight: plan less unquantized tensors, for each quantized weight.")
     return "\n\n".join(parts)

@@ -51,7 +51,9 @@ def load_backend(target: str) -> Backend:
         version = str(module.__version__)
     except ModuleNotFoundError as error:
         raise backend_missing(name) from error
-    except Exception as error:  # the bindings are there and the library is not: OSError, RuntimeError, AttributeError ...
+    except (
+        Exception
+    ) as error:  # the bindings are there and the library is not: OSError, RuntimeError, AttributeError ...
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BackendMissing(f"{name} does not load ({reason}): {INSTALL[name]}") from error
     if name == "tensorrt" and not present_capabilities():

@@ -140,9 +140,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     if info.target == "tensorrt":
         keep_plugin_nodes(model)
     segments = cut(model, spans)
-    jobs = [
-        _job(options, target, spans[i], segments[i], capacity, source) for target in hardware for i in chosen
-    ]
+    jobs = [_job(options, target, spans[i], segments[i], capacity, source) for target in hardware for i in chosen]
     for job in jobs:
         checks.require_precisions(job.hardware, job.facts)
         checks.require_gpu_memory(job.hardware, job.facts.weights_bytes, job.caches_bytes, job.span.name)

@@ -40,4 +40,7 @@ def require_memory(needed: int, engine: str, limit: str | None, layers: int) -> 
     if available is not None and needed > available:
         have = "--memory-limit allows" if limit is not None else "the machine has"
         hint = "cut the model with --layers-per-engine" if layers > 1 else "build on a machine with more memory"
-        raise InputError(f"{engine}: building needs about {format_amount(needed, 'B')} of memory, {have} {format_amount(available, 'B')}", hint)
+        raise InputError(
+            f"{engine}: building needs about {format_amount(needed, 'B')} of memory, {have} {format_amount(available, 'B')}",
+            hint,
+        )

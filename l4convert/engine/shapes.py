@@ -77,9 +77,7 @@ def io_table(values: list[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
         {
             "name": value.name,
             "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
-            "shape": [
-                dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim
-            ],
+            "shape": [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim],
         }
         for value in values
     ]

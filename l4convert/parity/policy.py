@@ -158,9 +158,7 @@ def _overrides(tables: dict[str, Any], kind: str, name: str, where: str) -> dict
 def _policy(tables: Mapping[str, Any], name: str, where: str) -> Policy:
     unknown = tables.keys() - {"reference", "drift"}
     if unknown:
-        raise InputError(
-            f"{where}: unknown table or key {min(unknown)!r}", _TABLES_HINT
-        )
+        raise InputError(f"{where}: unknown table or key {min(unknown)!r}", _TABLES_HINT)
     return Policy(name, *(_thresholds(tables.get(key, {}), f"{where}: [{key}]") for key in ("reference", "drift")))
 
 

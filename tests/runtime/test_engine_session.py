@@ -212,12 +212,14 @@ def test_generation_is_that_of_the_cpu(built: dict[str, Path], artifacts: dict[s
 
 
 def test_the_graph_that_the_builder_gets(scout_layout: Path, tmp_path: Path, ids: np.ndarray) -> None:
-    """Lowered for TensorRT-RTX, in INT4: with a mask as wide as the engine's context, the same bits as with none wider."""
+    """Lowered for TensorRT-RTX, in INT4: with masks as wide as the engine's context, the same bits as without."""
     from l4convert.pipeline import ConvertOptions, convert
     from l4convert.runtime import OrtSession
 
     out = tmp_path / "rtx"
-    convert(ConvertOptions(scout_layout, out, target="tensorrt-rtx", recipe="int4", compute="float32"))
+    convert(
+        ConvertOptions(checkpoint=scout_layout, output=out, target="tensorrt-rtx", recipe="int4", compute="float32")
+    )
     add_engines(out)
     mask = np.ones((2, LENGTH), np.int64)
     mask[1, 5:20] = 0
