@@ -36,7 +36,10 @@ EXTRAS = {
     "gpu": {"purpose": "run artifacts (validate, generate)", "packages": ("onnxruntime-gpu",)},
     "cpu": {"purpose": "the same, where onnxruntime-gpu has no wheel", "packages": ("onnxruntime",)},
     "reference": {"purpose": "the model that validate compares with", "packages": ("torch", "transformers")},
-    "tensorrt-rtx": {"purpose": "build TensorRT-RTX engines (build), with no GPU", "packages": ("cuda-bindings", "tensorrt-rtx-cu13")},
+    "tensorrt-rtx": {
+        "purpose": "build TensorRT-RTX engines, with no GPU, and run them",
+        "packages": ("cuda-bindings", "tensorrt-rtx-cu13"),
+    },
     "cluster": {"purpose": "convert on many machines (convert --cluster)", "packages": ("ray[client]",)},
 }
 # Each of these installs the import package `onnxruntime`; two of them overwrite each other's files.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -26,12 +26,16 @@ GRAPH_USES: dict[GraphUse, str] = {
 }
 
 
+_Shapes = tuple[Shape, Shape]
+"""Of the token ids and of the mask; those of all other tensors follow from them."""
+
+
 @dataclass(frozen=True)
 class _Captured:
     """The CUDA graph of a decode step, the profile and the shapes it was captured with."""
 
     profile: int
-    key: tuple[Shape, Shape]
+    shapes: _Shapes
     graph: Graph
 
 
@@ -57,6 +61,7 @@ class BoundEngine:
         self.graph_use: GraphUse = "unused"
         self._device = device
         self._captured: _Captured | None = None
+        self._bound: dict[int, _Shapes] = {}
         self._addresses: dict[str, int] = {}
         self._plans: list[Plan] = []
         try:
@@ -83,10 +88,8 @@ class BoundEngine:
         self._device.copy_in(self._addresses[IDS], np.ascontiguousarray(ids, DTYPES[self._input(IDS)]))
         self._device.copy_in(self._addresses[MASK], np.ascontiguousarray(mask, DTYPES[self._input(MASK)]))
         profile = choose_profile(self.engine.profiles, ids.shape[1])
-        if ids.shape[1] == 1:
-            self._decode(profile, ids.shape, mask.shape)
-        else:
-            self._enqueue(profile, ids.shape, mask.shape)
+        run = self._decode if ids.shape[1] == 1 else self._enqueue
+        run(profile, (ids.shape, mask.shape))
         tensor = self.engine.files[-1].outputs[LOGITS]
         shape = concrete(tensor, ids.shape[0], ids.shape[1], mask.shape[1])
         logits = self._device.copy_out(self._addresses[LOGITS], shape, DTYPES[tensor.dtype])
@@ -126,13 +129,12 @@ class BoundEngine:
         """The element type of an input, in the first plan that has it."""
         return self.engine.files[0].inputs[name].dtype
 
-    def _decode(self, profile: int, ids: Sequence[int], mask: Sequence[int]) -> None:
+    def _decode(self, profile: int, shapes: _Shapes) -> None:
         """One token a row: a CUDA graph where that can be."""
-        key = (tuple(ids), tuple(mask))
-        if self._captured is not None and self._captured.key == key:
+        if self._captured is not None and self._captured.shapes == shapes:
             self._captured.graph.launch()
             return
-        self._enqueue(profile, ids, mask)
+        self._enqueue(profile, shapes)
         if all(plan.replayed(profile) for plan in self._plans):
             self.graph_use = "replayed"
         elif self.engine.module == "tensorrt_rtx":
@@ -141,16 +143,22 @@ class BoundEngine:
         elif self.graph_use != "refused":
             # After a call of the same shapes, as TensorRT asks for: that one settles what is done once for them.
             graph = self._device.capture(self._work(profile))
-            self._captured = None if graph is None else _Captured(profile, key, graph)
+            self._captured = None if graph is None else _Captured(profile, shapes, graph)
             self.graph_use = "refused" if graph is None else "captured"
 
-    def _enqueue(self, profile: int, ids: Sequence[int], mask: Sequence[int]) -> None:
+    def _enqueue(self, profile: int, shapes: _Shapes) -> None:
         if self._captured is not None and self._captured.profile == profile:
             self._forget()  # a call of other shapes makes what was captured in the same context stale
-        for plan, file, binding in zip(self._plans, self.engine.files, self.layout.bindings, strict=True):
-            shapes = {name: concrete(tensor, ids[0], ids[1], mask[1]) for name, tensor in file.inputs.items()}
-            plan.bind(profile, shapes, {name: self._addresses[buffer] for name, buffer in binding.items()})
+        if self._bound.get(profile) != shapes:
+            self._bind(profile, shapes)
         self._work(profile)()
+
+    def _bind(self, profile: int, shapes: _Shapes) -> None:
+        (batch, tokens), (_, columns) = shapes
+        for plan, file, binding in zip(self._plans, self.engine.files, self.layout.bindings, strict=True):
+            inputs = {name: concrete(tensor, batch, tokens, columns) for name, tensor in file.inputs.items()}
+            plan.bind(profile, inputs, {name: self._addresses[buffer] for name, buffer in binding.items()})
+        self._bound[profile] = shapes
 
     def _work(self, profile: int) -> Callable[[], None]:
         def enqueue_all() -> None:

@@ -37,11 +37,11 @@ class CudaDevice:
         self._cuda = cuda
         self._trt = trt
         self._built_with = built_with
-        self._log = _logger(trt)
-        self._runtime = trt.Runtime(self._log)
         self._sources: list[npt.NDArray[Any]] = []  # arrays that a copy may still read
         self.call("cudaSetDevice", gpu.index)
         (self._stream,) = self.call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
+        self._log = _logger(trt)
+        self._runtime = trt.Runtime(self._log)
 
     @classmethod
     def open(cls, gpu: Gpu, module: str, built_with: str) -> Self:
@@ -201,8 +201,6 @@ class TensorRtPlan:
             context.set_device_memory(address, nbytes)
 
     def bind(self, profile: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        if self._bound.get(profile) == (shapes, addresses):
-            return
         self._bound[profile] = (shapes, addresses)
         context = self._contexts[profile]
         for name, shape in shapes.items():
@@ -221,8 +219,7 @@ class TensorRtPlan:
         self._replayed -= {profile}
         self._contexts[profile] = self._context(profile)
         self._contexts[profile].set_device_memory(*self._scratch)
-        shapes, addresses = self._bound.pop(profile)
-        self.bind(profile, shapes, addresses)
+        self.bind(profile, *self._bound[profile])
         self.enqueue(profile)
 
     def replayed(self, profile: int) -> bool:

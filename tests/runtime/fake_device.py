@@ -138,6 +138,7 @@ class FakePlan:
         self.replay = replay
         self.scratch: tuple[int, int] | None = None
         self.closed = False
+        self.binds = 0
 
     def use_scratch(self, address: int, nbytes: int) -> None:
         assert nbytes >= self.scratch_bytes
@@ -151,6 +152,7 @@ class FakePlan:
         assert shapes.keys() == {value.name for value in self.session.get_inputs()}
         assert addresses.keys() == self.types.keys()
         self.bound[profile] = (dict(shapes), dict(addresses))
+        self.binds += 1
 
     def enqueue(self, profile: int) -> None:
         assert self.scratch is not None

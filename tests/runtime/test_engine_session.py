@@ -141,6 +141,7 @@ def test_decode_steps_have_one_shape_and_are_captured_once(built: dict[str, Path
     decode = device.calls[plain:]
     assert {tuple(sorted(shapes.items())) for _, shapes in decode[::3]} == {tuple(sorted(decode[0][1].items()))}
     assert decode[0][1]["attention_mask"] == (1, CONTEXT)
+    assert [plan.binds for plan in device.plans] == [2, 2, 2]  # once for the prompt, once for all decode steps
     assert (device.captures, device.launches) == (1, 20)
     with opened(artifact, FakeDevice(capturable=False)) as refusing:
         stream = refusing.start(1)
