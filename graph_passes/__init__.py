@@ -9,7 +9,7 @@ from l4convert.graph_passes import (
     lower_attention_to_gqa,
     lower_attention_to_tensor_scatter,
     lower_matmul_to_nbits,
-    lower_moe_to_expert_loops,
+    lower_moe_to_loop,
     lower_moe_to_qmoe,
     move_activation_scales,
     outline_attention,
@@ -60,9 +60,9 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         lower_attention_to_tensor_scatter.run,
     ),
     Pass(
-        "lower_moe_to_expert_loops",
-        "MoE becomes one Loop an expert, over tiles of the tokens that chose it",
-        lower_moe_to_expert_loops.run,
+        "lower_moe_to_loop",
+        "MoE becomes a Loop over tiles of tokens, each with the packed weights of one expert",
+        lower_moe_to_loop.run,
     ),
     Pass(
         "lower_moe_to_qmoe",

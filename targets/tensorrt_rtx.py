@@ -1,10 +1,10 @@
 """TensorRT-RTX: engines that are built without a GPU. Its ONNX parser decides what the graph may hold (DESIGN 7)."""
 
-SUMMARY = "TensorRT-RTX engines: in-place caches, a loop for each expert, fused INT4 and FP8 products"
+SUMMARY = "TensorRT-RTX engines: in-place caches, packed experts in a loop, fused INT4 and FP8 products"
 LOWERING = (
     "store_compute_type",
     "lower_attention_to_tensor_scatter",
-    "lower_moe_to_expert_loops",
+    "lower_moe_to_loop",
     "move_activation_scales",
     "expand_rotary_embedding",
     "inline_functions",

@@ -1,7 +1,7 @@
-"""INT4 values in the byte layouts of ONNX Runtime's kernels, and back.
+"""Quantized values in the byte layouts of runtimes' kernels, and back.
 
-Both kernels keep two values a byte, the earlier one along K in the low nibble, as unsigned numbers around a zero point
-of 8 (ONNX Runtime, docs/ContribOperators.md: MatMulNBits and QMoE).
+Both kernels of ONNX Runtime keep two values a byte, the earlier one along K in the low nibble, as unsigned numbers
+around a zero point of 8 (ONNX Runtime, docs/ContribOperators.md: MatMulNBits and QMoE).
 """
 
 from __future__ import annotations
@@ -50,6 +50,21 @@ def qmoe(values: LazyTensor) -> LazyTensor:
     return _Packed(values, [experts, rows, cols // 2])
 
 
+def words(values: LazyTensor) -> LazyTensor:
+    """Codes as 32-bit words, for runtimes that gather from words but not from 4-bit or FP8 tensors.
+
+    Args:
+        values: INT4 or FLOAT8E4M3FN [E, K, N]; N is a multiple of the codes in a word, 8 or 4.
+
+    Returns:
+        INT32 [E, K, N / codes]: the stored bytes of ``values``, so the lowest bits are the first code.
+    """
+    codes = 32 // values.dtype.bitwidth
+    if values.dims[-1] % codes:
+        raise ValueError(f"{values!r}: rows are not a whole number of words of {codes} codes")
+    return _Words(values, codes)
+
+
 def pack(values: np.ndarray) -> np.ndarray:
     """Pack [..., 2n] values in [-8, 7] (INT4 or any integer type) into uint8 [..., n]."""
     flat = values.astype(np.int8).reshape(-1, values.shape[-1])
@@ -88,3 +103,17 @@ class _Packed(Derived):
         if missing:
             tile = np.pad(tile, ((0, 0), (0, missing)))  # a stored zero point is the value 0
         return tile ^ _FLIP
+
+
+class _Words(Derived):
+    def __init__(self, values: LazyTensor, codes: int) -> None:
+        batch, rows, cols = values.matrix
+        shape = [*values.dims[:-1], values.dims[-1] // codes]
+        super().__init__([values], ir.DataType.INT32, shape, (batch, rows, cols // codes))
+        self._codes = codes
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        values = self.parts[0]
+        part = (batch, rows, slice(cols.start * self._codes, cols.stop * self._codes))
+        stored = values.packed(*part) if values.dtype.bitwidth == 4 else values.tile(*part).view(np.uint8)
+        return np.ascontiguousarray(stored).view("<i4")
