@@ -100,6 +100,7 @@ def _generate(
         "seed": options.seed,
         "seconds": round(seconds, 3),
         "runner": runner.name,
+        "remarks": list(remarks(runner)),
     }
     settings.emit("generate", payload, "")
     settings.note(f"{len(ids)} + {len(tokens)} tokens in {seconds:.1f} s, stopped by {ended}")

@@ -69,6 +69,8 @@ def test_generate_with_an_engine_writes_the_text_of_the_cpu(
         results.append(json.loads(capsys.readouterr().out))
     assert results[0]["token_ids"] == results[1]["token_ids"]
     assert [result["runner"] for result in results] == ["scout", "scout, TensorRT-RTX engine rtx-4090 on Fake RTX"]
+    assert results[0]["remarks"] == []
+    assert "decode steps are enqueued one by one" in results[1]["remarks"][0]
     assert fake_gpu.calls
     assert fake_gpu.closed
 
