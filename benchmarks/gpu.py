@@ -4,8 +4,8 @@
 
 Each row converts the bundled nano model, builds an engine where the row is one, validates what came out against
 transformers *through the GPU*, and times it: one sequence, PROMPT tokens in one step, then single tokens. Times are the
-median of some repeats by the clock, from token ids in the host's memory to logits in the host's memory. The nano model
-shows that everything runs and is right; with so small a model the times are those of launches and copies.
+median of some repeats by the clock, from token ids in the host's memory to the logits of the last one there. The nano
+model shows that everything runs and is right; with so small a model the times are those of launches and copies.
 
 A row that this GPU cannot do says why. Exit code 0: every other row passed; 4: one did not; 5: there is no GPU.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -27,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_hardware import Unfit, capability, hardware_for, slug
 
 from l4convert.gpus import Gpu, find_gpus
 from l4convert.runtime import EngineSession, OrtSession, Runner, RunWith
+from l4convert.runtime.runner import last_logits
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parent / "examples" / "01_convert_nano_scout"
@@ -38,10 +39,6 @@ PROMPT, DECODED, REPEAT, WARM = 512, 64, 5, 3
 
 Figures = dict[str, str | float]
 Command = Callable[..., Any]
-
-
-class Unfit(Exception):
-    """Why a row cannot run on this GPU, in one line."""
 
 
 class Failed(Exception):
@@ -204,43 +201,16 @@ def timed(runner: Runner, vocabulary: int, clock: Callable[[], float] = time.per
     prefill, decode = [], []
     for _ in range(WARM + REPEAT):
         stream, begun = runner.start(1), clock()
-        stream.step(ids[:, :PROMPT])
+        last_logits(stream, ids[:, :PROMPT])
         prefill.append(clock() - begun)
     for at in range(PROMPT, ids.shape[1]):
         begun = clock()
-        stream.step(ids[:, at : at + 1])
+        last_logits(stream, ids[:, at : at + 1])
         decode.append(clock() - begun)
     return {
         "decode tokens/s": round(1 / statistics.median(decode[WARM:]), 1),
         "prefill tokens/s": round(PROMPT / statistics.median(prefill[WARM:]), 1),
     }
-
-
-def hardware_for(gpu: Gpu, runtime: str, work: Path) -> str:
-    """The bundled hardware profile of a GPU, or a file with one made of what the driver says.
-
-    Raises:
-        Unfit: Its kind of GPU has no such runtime.
-    """
-    from l4convert.targets.hardware import hardware_names, load_hardware
-
-    alike = [load_hardware(name) for name in hardware_names()]
-    alike = [profile for profile in alike if profile.compute_capability == gpu.compute_capability]
-    if alike and not any(runtime in profile.runtimes for profile in alike):
-        raise Unfit(f"{runtime} has no engines for compute capability {gpu.compute_capability}")
-    words = set(re.findall(r"[a-z0-9]+", gpu.name.lower()))
-    named = [profile for profile in alike if words >= set(profile.name.split("-"))]
-    if chosen := [profile.name for profile in (*named, *alike) if runtime in profile.runtimes]:
-        return chosen[0]
-    file = work / f"{slug(gpu.name)}.toml"
-    precisions = ["fp32", "fp16", "bf16", "int8", "int4", *(["fp8"] if capability(gpu) >= (8, 9) else [])]
-    file.write_text(
-        f'summary = "{gpu.name}"\ncompute_capability = "{gpu.compute_capability}"\nmemory_bytes = {gpu.memory}\n'
-        # What the driver does not say, and nothing here depends on.
-        f'bandwidth_bytes_per_second = 1\nprecisions = {json.dumps(precisions)}\nruntimes = ["{runtime}"]\n'
-        'recipe = "int4"\n'
-    )
-    return str(file)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -272,16 +242,6 @@ def content(gpu: Gpu, driver: str | None, tokens: int, results: Sequence[Result]
         "prompt": PROMPT,
         "rows": [asdict(result) for result in results],
     }
-
-
-def capability(gpu: Gpu) -> tuple[int, ...]:
-    """8.9 as (8, 9), to be compared."""
-    return tuple(int(part) for part in gpu.compute_capability.split("."))
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a file's: "NVIDIA GeForce RTX 5090" -> "geforce-rtx-5090"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 
 def l4convert(*arguments: object, accept: Sequence[int] = (0,)) -> Any:

@@ -62,6 +62,7 @@ class BoundEngine:
         self._device = device
         self._captured: _Captured | None = None
         self._bound: dict[int, _Shapes] = {}
+        self._called: Shape = (0, 0)
         self._addresses: dict[str, int] = {}
         self._plans: list[Plan] = []
         try:
@@ -75,25 +76,28 @@ class BoundEngine:
         for name, nbytes in self.layout.caches.items():
             self._device.zero(self._addresses[name], nbytes)
 
-    def call(self, ids: IntArray, mask: IntArray) -> FloatArray:
-        """Run every plan once.
+    def call(self, ids: IntArray, mask: IntArray) -> None:
+        """Start every plan once; what is read afterwards waits for them.
 
         Args:
             ids: [B, S], S at most that of the widest profile.
             mask: [B, columns], 1 for every token so far and every new one, zeros in front of them.
-
-        Returns:
-            Logits, float32 [B, S, vocabulary].
         """
         self._device.copy_in(self._addresses[IDS], np.ascontiguousarray(ids, DTYPES[self._input(IDS)]))
         self._device.copy_in(self._addresses[MASK], np.ascontiguousarray(mask, DTYPES[self._input(MASK)]))
         profile = choose_profile(self.engine.profiles, ids.shape[1])
         run = self._decode if ids.shape[1] == 1 else self._enqueue
         run(profile, (ids.shape, mask.shape))
-        tensor = self.engine.files[-1].outputs[LOGITS]
-        shape = concrete(tensor, ids.shape[0], ids.shape[1], mask.shape[1])
-        logits = self._device.copy_out(self._addresses[LOGITS], shape, DTYPES[tensor.dtype])
-        return logits.astype(np.float32, copy=False)
+        self._called = ids.shape
+
+    def logits(self) -> FloatArray:
+        """Those of the last call, float32 [B, S, vocabulary]."""
+        return self._read(0, self._called)
+
+    def last_logits(self) -> FloatArray:
+        """Those of its last column, float32 [B, vocabulary]: of a long prompt far less to copy."""
+        batch, tokens = self._called
+        return np.concatenate([self._read((row + 1) * tokens - 1, (1, 1))[0] for row in range(batch)])
 
     def close(self) -> None:
         """Free everything on the device; what a fault has made impossible to free is gone with it."""
@@ -124,6 +128,13 @@ class BoundEngine:
             self._addresses[name] = self._device.alloc(max(nbytes, 1))
         for plan in self._plans:
             plan.use_scratch(self._addresses["scratch"], scratch)
+
+    def _read(self, first: int, shape: Shape) -> FloatArray:
+        """Logits of ``shape`` [rows, tokens], from the token ``first`` of the buffer on."""
+        tensor = self.engine.files[-1].outputs[LOGITS]
+        dtype, vocabulary = DTYPES[tensor.dtype], tensor.shape[-1]
+        address = self._addresses[LOGITS] + first * vocabulary * dtype.itemsize
+        return self._device.copy_out(address, (*shape, vocabulary), dtype).astype(np.float32, copy=False)
 
     def _input(self, name: str) -> str:
         """The element type of an input, in the first plan that has it."""
@@ -169,5 +180,6 @@ class BoundEngine:
 
     def _forget(self) -> None:
         if self._captured is not None:
+            self._device.wait()  # it may still run
             self._captured.graph.free()
             self._captured = None

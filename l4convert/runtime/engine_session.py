@@ -178,19 +178,36 @@ class EngineStream:
             UsageError: The text would become longer than the session's ``max_length``.
             DeviceError: The GPU refused a call.
         """
+        new = self._checked(input_ids, mask)
+        logits = np.zeros((*input_ids.shape, self._session.config.vocab_size), np.float32)
+        for call in self._calls(new):
+            self._run(call, input_ids)
+            call.put(self._bound.logits(), logits)
+        return logits
+
+    def last(self, input_ids: IntArray) -> FloatArray:
+        """Append tokens, none of them padding; logits of the last token of each row only, float32 [B, vocabulary].
+
+        See :func:`l4convert.runtime.runner.last_logits`. Raises what :meth:`step` raises.
+        """
+        for call in self._calls(self._checked(input_ids, None)):
+            self._run(call, input_ids)
+        return self._bound.last_logits()
+
+    def _run(self, call: InPlaceCall, input_ids: IntArray) -> None:
+        # One width for every mask, whatever the texts' lengths, keeps the shapes of all decode steps the same, as a
+        # CUDA graph needs; the columns that are too many are padding in front, which changes no position.
+        self._bound.call(call.take(input_ids), call.attention_mask(self._session.engine.max_context))
+        self.lengths = call.lengths + call.counts
+
+    def _checked(self, input_ids: IntArray, mask: IntArray | None) -> IntArray:
+        """The mask of a step's new tokens, after every check."""
         if not self._session.is_current(self):
             raise ValueError("another batch was started in this session, and has the caches now")
         new = check_step(input_ids, mask, len(self.lengths))
         check_vocabulary(input_ids, self._session.config.vocab_size)
         self._check_room(new)
-        logits = np.zeros((*input_ids.shape, self._session.config.vocab_size), np.float32)
-        for call in self._calls(new):
-            # One width for every mask, whatever the texts' lengths, keeps the shapes of all decode steps the same, as a
-            # CUDA graph needs; the columns that are too many are padding in front, which changes no position.
-            mask = call.attention_mask(self._session.engine.max_context)
-            call.put(self._bound.call(call.take(input_ids), mask), logits)
-            self.lengths = call.lengths + call.counts
-        return logits
+        return new
 
     def _calls(self, new: IntArray) -> Iterator[InPlaceCall]:
         """Cut a step into calls that the engine takes; the padding of a row, too, must lie within its caches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,23 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class SparingStream(Protocol):
+    """A stream that can do without the logits of all tokens but the last."""
+
+    def last(self, input_ids: IntArray) -> FloatArray:
+        """Append tokens [B, S]; logits [B, vocabulary] of the last one of each row."""
+        ...
+
+
+def last_logits(stream: Stream, input_ids: IntArray) -> FloatArray:
+    """Append tokens [B, S] to a stream, none of them padding; give the logits [B, vocabulary] of each row's last one.
+
+    A stream on a GPU does not copy the others to the host: 0.4 GB for 512 tokens of a vocabulary of 202,048.
+    """
+    return stream.last(input_ids) if isinstance(stream, SparingStream) else stream.step(input_ids)[:, -1]
 
 
 def check_step(input_ids: IntArray, mask: IntArray | None, batch: int) -> IntArray:

@@ -19,6 +19,7 @@ import onnxruntime
 from l4convert.emit import read_manifest
 from l4convert.emit.manifest import encode_manifest
 from l4convert.gpus import Gpu, Gpus
+from l4convert.runtime import EngineSession
 from l4convert.runtime.engines import Engine
 
 GPU = Gpu(0, "Fake RTX", "8.9", 24 << 30)
@@ -36,13 +37,14 @@ class FakeDevice:
 
     Attributes:
         memory: Address -> bytes. calls: (profile, shapes) of everything that ran. captures, launches: of CUDA graphs.
+        copied: Bytes that were read back.
     """
 
     def __init__(self, *, free: int = 1 << 40, capturable: bool = True, replays: bool = False) -> None:
         self.memory: dict[int, np.ndarray] = {}
         self.plans: list[FakePlan] = []
         self.calls: list[tuple[int, dict[str, tuple[int, ...]]]] = []
-        self.captures = self.launches = self.peak = 0
+        self.captures = self.launches = self.copied = 0
         self.closed = False
         self.capturable, self.replays = capturable, replays
         self._free = free
@@ -72,12 +74,15 @@ class FakeDevice:
         self.memory[address][: array.nbytes] = array.reshape(-1).view(np.uint8)
 
     def copy_out(self, address: int, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-        return self.read(address, shape, dtype)
+        array = self.read(address, shape, dtype)
+        self.copied += array.nbytes
+        return array
 
     def read(self, address: int, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        assert nbytes <= len(self.memory[address])
-        return self.memory[address][:nbytes].view(dtype).reshape(shape).copy()
+        """An array that begins at an address within some block."""
+        start = max(block for block in self.memory if block <= address)
+        content = self.memory[start][address - start :][: int(np.prod(shape)) * dtype.itemsize]
+        return content.view(dtype).reshape(shape).copy()
 
     def load(self, file: Path, *, replay: frozenset[int] = frozenset()) -> FakePlan:
         plan = FakePlan(self, file, replay if self.replays else frozenset())
@@ -254,3 +259,7 @@ def _rename(model: onnx.ModelProto, old: str, new: str) -> None:
 
 def opener(device: FakeDevice) -> Callable[[Gpu, Engine], FakeDevice]:
     return lambda gpu, engine: device
+
+
+def opened(artifact: Path, device: FakeDevice | None = None, **options: object) -> EngineSession:
+    return EngineSession.open(artifact, gpus=gpus, open_device=opener(device or FakeDevice()), **options)  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4convert.errors import BackendMissing, DeviceError, InputError, UsageError
-from l4convert.gpus import Gpu, Gpus
-from l4convert.runtime import EngineSession, Sampler, SamplingOptions, generate
-from tests.runtime.fake_device import BATCH, CONTEXT, GPU, PREFILL, FakeDevice, add_engines, gpus, opener
+from l4convert.runtime import Sampler, SamplingOptions, generate
+from l4convert.runtime.runner import last_logits
+from tests.runtime.fake_device import CONTEXT, PREFILL, FakeDevice, add_engines, opened
 
 LENGTH = 37  # chunks of 8: four boundaries inside
 DECODE, PREFILLING = 1, 0  # indices of the profiles
@@ -35,22 +33,6 @@ def expected(scout_layout: Path, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         logits: np.ndarray = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
     return logits
-
-
-@pytest.fixture(scope="module")
-def built(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Name -> an artifact with engines: the whole decoder, three segments, and these for full TensorRT."""
-    made = {}
-    full = {"builder": {"name": "tensorrt", "version": "10.14.1"}}
-    for name, cuts, changes in (("whole", (), {}), ("segments", (1, 3), {}), ("full", (1, 3), full)):
-        made[name] = tmp_path_factory.mktemp("built") / name
-        shutil.copytree(artifacts["static"], made[name])
-        add_engines(made[name], cuts=cuts, **changes)
-    return made
-
-
-def opened(artifact: Path, device: FakeDevice | None = None, **options: object) -> EngineSession:
-    return EngineSession.open(artifact, gpus=gpus, open_device=opener(device or FakeDevice()), **options)  # type: ignore[arg-type]
 
 
 def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
@@ -103,6 +85,18 @@ def test_padded_rows_get_what_they_would_get_alone(
         following = stream.step(np.array([[ids[20]], [ids[13]], [ids[1]]]))
     for row, position in enumerate((20, 13, 1)):
         assert_close(following[row], expected[position : position + 1])
+
+
+@pytest.mark.parametrize("form", ["whole", "segments"])
+def test_the_logits_of_the_last_tokens_alone(form: str, built: dict[str, Path], ids: np.ndarray) -> None:
+    device = FakeDevice()
+    batch = np.stack([ids, ids[::-1], ids + 1])
+    with opened(built[form], device) as session:
+        every = session.start(3).step(batch)
+        device.copied = 0
+        last = last_logits(session.start(3), batch)
+    np.testing.assert_array_equal(last, every[:, -1])
+    assert device.copied == last.nbytes
 
 
 def test_the_narrowest_profile_is_chosen_and_wider_steps_are_split(
@@ -232,82 +226,3 @@ def test_the_graph_that_the_builder_gets(scout_layout: Path, tmp_path: Path, ids
             steps = [stream.step(batch, mask), *(stream.step(batch[:, at : at + 1]) for at in range(4))]
             logits.append(np.concatenate(steps, axis=1)[np.concatenate([mask, np.ones((2, 4))], axis=1) == 1])
     np.testing.assert_array_equal(*logits)
-
-
-def test_limits(built: dict[str, Path]) -> None:
-    with opened(built["whole"], max_length=10) as session:
-        with pytest.raises(UsageError, match=r"4 sequences at once, .* rtx-4090 was built for 3"):
-            session.start(BATCH + 1)
-        with pytest.raises(ValueError, match="at least 1"):
-            session.start(0)
-        with pytest.raises(UsageError, match="needs 11 positions and the session has 10"):
-            session.start(1).step(np.ones((1, 11), np.int64))
-        with pytest.raises(InputError, match="token 128 is outside"):
-            session.start(1).step(np.array([[128]]))
-    for length in (0, CONTEXT + 1):
-        with pytest.raises(UsageError, match=rf"not between 1 and the {CONTEXT} tokens"):
-            opened(built["whole"], max_length=length)
-
-
-def test_a_full_row_stops_its_batch_with_a_reason(built: dict[str, Path]) -> None:
-    """Padding is written too, and there is no slot for it behind the last."""
-    with opened(built["whole"]) as session:
-        stream = session.start(2)
-        mask = np.ones((2, CONTEXT), np.int64)
-        mask[1, 5:] = 0
-        stream.step(np.full((2, CONTEXT), 7), mask)
-        with pytest.raises(UsageError, match=f"a sequence of the batch has all {CONTEXT} tokens"):
-            stream.step(np.array([[7], [7]]), np.array([[0], [1]]))
-
-
-def test_padding_stays_within_the_caches(built: dict[str, Path], ids: np.ndarray) -> None:
-    """One row has two slots left while the other gets five tokens: calls of two, then of three beside a full row."""
-    device = FakeDevice()
-    with opened(built["whole"], device) as session:
-        stream = session.start(2)
-        mask = np.ones((2, CONTEXT - 2), np.int64)
-        mask[1, 1:] = 0
-        stream.step(np.full((2, CONTEXT - 2), 7), mask)
-        before = len(device.calls)
-        with_padding = np.array([[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
-        stream.step(np.full((2, 5), 7), with_padding)
-    assert [shapes["input_ids"][1] for _, shapes in device.calls[before:]] == [2, 1, 1, 1]
-
-
-def test_too_little_memory(built: dict[str, Path]) -> None:
-    device = FakeDevice(free=1000)
-    with pytest.raises(
-        DeviceError, match=r"take 0\.00 GB beside the weights, and Fake RTX has 0\.00 GB free"
-    ) as caught:
-        opened(built["whole"], device)
-    assert "--max-context" in (caught.value.hint or "")
-    assert device.closed
-    assert device.memory == {}
-
-
-def test_no_gpu(built: dict[str, Path]) -> None:
-    with pytest.raises(BackendMissing, match="no CUDA driver on this machine") as caught:
-        EngineSession.open(built["whole"], gpus=lambda: Gpus(None, (), "no CUDA driver"))
-    assert caught.value.exit_code == 5
-
-
-def test_cuda_python_is_missing(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(BackendMissing, match=r"^cuda is not installed: pip install cuda-bindings$"):
-        EngineSession.open(built["whole"], gpus=gpus)
-
-
-def test_another_gpu(built: dict[str, Path]) -> None:
-    def other() -> Gpus:
-        return Gpus("13.0", (Gpu(0, "H100", "9.0", 80 << 30),), None)
-
-    pattern = r"engine is for rtx-4090 \(compute capability 8\.9\), and this GPU \(H100\) has compute capability 9\.0"
-    for hardware in (None, "rtx-4090"):
-        with pytest.raises(InputError, match=pattern):
-            EngineSession.open(built["whole"], hardware=hardware, gpus=other)
-
-
-def test_the_name_says_what_runs_where(built: dict[str, Path]) -> None:
-    with opened(built["whole"], hardware="rtx-4090") as session:
-        assert session.name == f"whole, TensorRT-RTX engine rtx-4090 on {GPU.name}"
