@@ -14,7 +14,8 @@ from l4convert.cli._settings import Settings, global_options, settings_of
 from l4convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from l4convert.engine import BuildPlan, BuildResult
+    from l4convert.engine import BuildResult
+    from l4convert.engine.jobs import BuildPlan
 
 EPILOG = """\b
 Examples:
@@ -36,14 +37,14 @@ after it was interrupted. `l4convert targets` lists the hardware; a profile of y
 @click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
               help="Most sequences of a call.")  # fmt: skip
 @click.option("--max-context", type=click.IntRange(min=1), metavar="N",
-              help="Most tokens of a sequence.  [default: 8192, or the model's positions if those are fewer]")  # fmt: skip
+              help="Most tokens of a sequence.  [default: 8192, or the model's positions if fewer]")  # fmt: skip
 @click.option("--prefill-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
               help="Most new tokens of a call.")  # fmt: skip
 @click.option("--layers-per-engine", type=click.IntRange(min=1), metavar="N",
               help="Cut the model into engines of N layers, to build them in less memory.")  # fmt: skip
 @click.option("--segments", metavar="LIST", help="Build only these of them, counted from 0, as 0-2,5.")
 @click.option("--skip-segment-check", is_flag=True,
-              help="Do not compare the cut model with the whole one, which takes memory for the whole one.")  # fmt: skip
+              help="Do not compare the cut model with the whole one in ONNX Runtime.")  # fmt: skip
 @click.option("--memory-limit", metavar="SIZE",
               help="Most memory to use, as 20G.  [default: what the machine has free]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check everything and show what would be built; write nothing.")
@@ -99,16 +100,10 @@ def _plan_payload(plan: BuildPlan) -> dict[str, Any]:
 
 
 def _plan_text(plan: BuildPlan) -> str:
-    rows = [
-        (
-            job.hardware.name,
-            job.span.name,
-            size(job.facts.weights_bytes),
-            size(job.caches_bytes),
-            size(job.memory_bytes),
-        )
-        for job in plan.jobs
-    ]
+    rows = []
+    for job in plan.jobs:
+        amounts = (job.facts.weights_bytes, job.caches_bytes, job.memory_bytes)
+        rows.append((job.hardware.name, job.span.name, *map(size, amounts)))
     headers = ["target", "engine", "weights", "KV caches", "memory to build"]
     return table(headers, rows, right=(2, 3, 4))
 
@@ -119,6 +114,7 @@ def _payload(result: BuildResult) -> dict[str, Any]:
             **engine.entry,
             "bytes_per_quantized_weight": engine.bytes_per_weight,
             "seconds": round(engine.seconds, 3),
+            "peak_memory_bytes": engine.peak_memory,
             "skipped": engine.skipped,
         }
         for engine in result.engines
@@ -139,20 +135,20 @@ def _text(result: BuildResult, settings: Settings) -> str:
         name = Path(entry["path"]).stem
         per_weight = "-" if engine.bytes_per_weight is None else f"{engine.bytes_per_weight:.3f}"
         took = "built already" if engine.skipped else f"{engine.seconds:.1f} s"
+        memory = "-" if engine.skipped else size(engine.peak_memory)
         scratch = size(max(entry["scratch_bytes"], default=0))
-        rows.append(
-            (entry["hardware"], entry["compute_capability"], name, size(entry["bytes"]), per_weight, scratch, took)
-        )
-    headers = ["target", "SM", "engine", "plan", "bytes/weight", "scratch", "time"]
-    parts = [table(headers, rows, right=(3, 4, 5, 6))]
+        target, capability = entry["hardware"], entry["compute_capability"]
+        rows.append((target, capability, name, size(entry["bytes"]), per_weight, scratch, memory, took))
+    headers = ["target", "SM", "engine", "plan", "bytes/weight", "scratch", "memory", "time"]
+    parts = [table(headers, rows, right=(3, 4, 5, 6, 7))]
     if result.segments_checked is not None:
         text = "equal the whole graph" if result.segments_checked else "were not compared with the whole graph"
         parts.append(f"The segments {text}.")
     if settings.verbose:
         builder = f"{result.builder.name} {result.builder.version}"
-        shapes = [
-            (e.entry["path"], f"scratch {e.entry['scratch_bytes']}, flags {e.entry['flags']}") for e in result.engines
-        ]
-        parts.append(fields([("builder", builder), *shapes]))
-    parts.append("bytes/weight: plan less unquantized tensors, for each quantized weight.")
+        lines = [(f"scratch of {e.entry['path']}", e.entry["scratch_bytes"]) for e in result.engines]
+        parts.append(fields([("builder", builder), *lines]))
+    parts.append(
+        "bytes/weight: the plan, less unquantized tensors, for each quantized weight; memory: peak of the builder."
+    )
     return "\n\n".join(parts)

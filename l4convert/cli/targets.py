@@ -35,11 +35,8 @@ def command(ctx: click.Context) -> None:
     ]
     text = table(["target", "KV caches", "computes in", "what it is"], rows)
     hardware = [load_hardware(name) for name in hardware_names()]
-    machines = table(
-        ["hardware", "SM", "memory", "bandwidth", "engines", "recipe", "what it is"],
-        [_row(h) for h in hardware],
-        (2, 3),
-    )
+    headers = ["hardware", "SM", "memory", "bandwidth", "engines", "recipe", "what it is"]
+    machines = table(headers, [_row(h) for h in hardware], right=(2, 3))
     payload_of_all = {"targets": payload, "hardware": [h.as_dict() for h in hardware]}
     settings_of(ctx).emit("targets", payload_of_all, f"{text}\n\n{machines}")
 

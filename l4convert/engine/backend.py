@@ -51,9 +51,7 @@ def load_backend(target: str) -> Backend:
         version = str(module.__version__)
     except ModuleNotFoundError as error:
         raise backend_missing(name) from error
-    except (
-        Exception
-    ) as error:  # the bindings are there and the library is not: OSError, RuntimeError, AttributeError ...
+    except Exception as error:  # bindings without their library: OSError, RuntimeError, AttributeError ...
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BackendMissing(f"{name} does not load ({reason}): {INSTALL[name]}") from error
     if name == "tensorrt" and not present_capabilities():
@@ -70,7 +68,7 @@ def require_capability(backend: Backend, hardware: Hardware) -> None:
     Raises:
         UsageError: It cannot.
     """
-    if _capability(backend, hardware) is not None:
+    if _capability(backend, hardware.sm) is not None:
         return
     found = present_capabilities()
     if hardware.compute_capability in found and not hasattr(backend.module, "ComputeCapability"):
@@ -83,16 +81,16 @@ def require_capability(backend: Backend, hardware: Hardware) -> None:
     )
 
 
-def set_capability(backend: Backend, config: Any, hardware: Hardware) -> None:
-    """Let a builder's configuration target one compute capability, where it can be chosen."""
-    capability = _capability(backend, hardware)
+def set_capability(backend: Backend, config: Any, sm: int) -> None:
+    """Let a builder's configuration target one compute capability (89 for 8.9), where it can be chosen."""
+    capability = _capability(backend, sm)
     if capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(capability, 0)
 
 
-def _capability(backend: Backend, hardware: Hardware) -> Any:
-    return getattr(getattr(backend.module, "ComputeCapability", None), f"SM{hardware.sm}", None)
+def _capability(backend: Backend, sm: int) -> Any:
+    return getattr(getattr(backend.module, "ComputeCapability", None), f"SM{sm}", None)
 
 
 def _allow_no_gpu() -> None:

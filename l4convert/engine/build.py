@@ -28,12 +28,14 @@ class BuiltEngine:
         bytes_per_weight: Bytes of the plan, less those of tensors that are not quantized, for each quantized weight;
             None where none is quantized.
         seconds: That building took; 0 where it was built already.
+        peak_memory: Most bytes of memory that the builder's process had; 0 where it was built already.
         skipped: Whether it was built already.
     """
 
     entry: Mapping[str, Any]
     bytes_per_weight: float | None
     seconds: float
+    peak_memory: int
     skipped: bool
 
 
@@ -67,7 +69,7 @@ def build_engines(options: BuildOptions, progress: Progress = NO_PROGRESS) -> Bu
     several = len(plan.segments) > 1
     if several and due and options.check_segments:
         check_segments(plan, progress)
-    engines = tuple(_engine(plan.out, job, backend, progress, job.path in due) for job in plan.jobs)
+    engines = tuple(_engine(plan, job, progress, job.path in due) for job in plan.jobs)
     return BuildResult(plan.out, backend, engines, options.check_segments and bool(due) if several else None)
 
 
@@ -81,14 +83,14 @@ def is_built(out: Path, job: EngineJob, backend: Backend) -> bool:
     return whole and all(entry.get(key) == value for key, value in job.inputs.items())
 
 
-def _engine(out: Path, job: EngineJob, backend: Backend, progress: Progress, due: bool) -> BuiltEngine:
+def _engine(plan: BuildPlan, job: EngineJob, progress: Progress, due: bool) -> BuiltEngine:
     begun = time.monotonic()
-    entry = compile_engine(out, job, backend, progress) if due else _entry(out, job.path)
+    entry, peak = compile_engine(plan.out, job, plan.target, progress) if due else (_entry(plan.out, job.path), 0)
     assert entry is not None
     seconds = time.monotonic() - begun if due else 0.0
     weights = job.facts.quantized_weights
     per_weight = (entry["bytes"] - job.facts.unquantized_bytes) / weights if weights else None
-    return BuiltEngine(entry, per_weight, seconds, skipped=not due)
+    return BuiltEngine(entry, per_weight, seconds, peak, skipped=not due)
 
 
 def _entry(out: Path, path: str) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-
 from l4convert.engine.backend import MODULES
 from l4convert.engine.network import GraphFacts
 from l4convert.errors import InputError, UsageError
@@ -71,8 +70,8 @@ def require_gpu_memory(hardware: Hardware, weights: int, caches: int, engine: st
     memory = hardware.memory_bytes
     if memory is not None and weights + caches > memory:
         raise UsageError(
-            f"{hardware.name}: {engine} needs {format_amount(weights, 'B')} for weights and {format_amount(caches, 'B')} for caches, the GPU has"
-            f" {format_amount(memory, 'B')}",
+            f"{hardware.name}: {engine} needs {format_amount(weights, 'B')} for weights and"
+            f" {format_amount(caches, 'B')} for caches, the GPU has {format_amount(memory, 'B')}",
             "lower --max-context or --max-batch, or cut the model with --layers-per-engine",
         )
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -37,14 +34,14 @@ class BuildLog:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        self.path.unlink(missing_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")  # not the only writer: see native_output
+        self._file = self.path.open("a", encoding="utf-8")  # native code appends to it, too (worker.py)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         with self._lock:
             if self._file is not None:
-                self._file.close()
+                with suppress(OSError):  # a full disk
+                    self._file.close()
                 self._file = None
 
     def add(self, severity: str, message: str) -> None:
@@ -66,42 +63,6 @@ class BuildLog:
         """The first error, which is the cause of the others, in one line of sensible length."""
         text = self.errors[0] if self.errors else "no reason given"
         return text if len(text) <= 400 else f"{text[:397]}..."
-
-
-@contextmanager
-def native_output(path: Path) -> Iterator[None]:
-    """Let what native code prints go to the end of a file while the context lasts.
-
-    TensorRT's compiler prints thousands of lines of its program where it fails, past its logger: they belong into the
-    log, not between the results on stdout. Python's own output (progress bars) still goes where it went.
-    """
-    streams = {1: sys.stdout, 2: sys.stderr}
-    saved = {number: os.dup(number) for number in streams}
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        for number, stream in streams.items():
-            stream.flush()
-            os.dup2(target, number)
-        with ExitStack() as stack:
-            for number, name in ((1, "stdout"), (2, "stderr")):
-                if _descriptor(streams[number]) == number:
-                    replacement = stack.enter_context(os.fdopen(os.dup(saved[number]), "w", buffering=1))
-                    stack.callback(setattr, sys, name, streams[number])
-                    setattr(sys, name, replacement)
-            yield
-    finally:
-        for number, descriptor in saved.items():
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.close(target)
-
-
-def _descriptor(stream: IO[str]) -> int:
-    """A stream's file descriptor, -1 where it has none (a test's, a notebook's)."""
-    try:
-        return stream.fileno()
-    except (OSError, ValueError, AttributeError):
-        return -1
 
 
 def make_logger(module: Any, log: BuildLog) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from l4convert.emit.memory import available_bytes, parse_size
 from l4convert.engine.network import GraphFacts
 from l4convert.errors import InputError
@@ -39,8 +38,6 @@ def require_memory(needed: int, engine: str, limit: str | None, layers: int) -> 
     available = parse_size(limit) if limit is not None else available_bytes()
     if available is not None and needed > available:
         have = "--memory-limit allows" if limit is not None else "the machine has"
+        amounts = [format_amount(amount, "B") for amount in (needed, available)]
         hint = "cut the model with --layers-per-engine" if layers > 1 else "build on a machine with more memory"
-        raise InputError(
-            f"{engine}: building needs about {format_amount(needed, 'B')} of memory, {have} {format_amount(available, 'B')}",
-            hint,
-        )
+        raise InputError(f"{engine}: building needs about {amounts[0]} of memory, {have} {amounts[1]}", hint)

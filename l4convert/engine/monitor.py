@@ -1,4 +1,4 @@
-"""A builder's progress, as a share of the whole, and the way to end a build."""
+"""A builder's progress, as a share of the whole."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ class Steps:
     A phase of n steps is worth one step of the phase that it runs in.
     """
 
-    def __init__(self, task: Task, title: str, cancelled: threading.Event) -> None:
+    def __init__(self, task: Task, title: str) -> None:
         self._task = task
         self._title = title
-        self._cancelled = cancelled
         self._lock = threading.Lock()
         self._phases: dict[str, _Phase] = {}
         self._reported = 0.0
@@ -39,13 +38,12 @@ class Steps:
             self._phases[name] = _Phase(parent if parent in self._phases else None, max(steps, 1))
             self._task.update(f"{self._title}: {name[:1].lower()}{name[1:]}")
 
-    def step(self, name: str, step: int) -> bool:
-        """Step number ``step``, from 0, is done; returns whether to go on."""
+    def step(self, name: str, step: int) -> None:
+        """Step number ``step``, from 0, is done."""
         with self._lock:
             if (phase := self._phases.get(name)) is not None:
                 phase.done = max(phase.done, step + 1)
                 self._report()
-        return not self._cancelled.is_set()
 
     def finish(self, name: str) -> None:
         """A phase ends."""
@@ -78,7 +76,8 @@ def make_monitor(module: Any, steps: Steps) -> Any:
             steps.start(phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            return steps.step(phase_name, step)
+            steps.step(phase_name, step)
+            return True  # go on; a build is ended by ending its process
 
         def phase_finish(self, phase_name: str) -> None:
             steps.finish(phase_name)

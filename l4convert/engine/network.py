@@ -17,7 +17,7 @@ GLOBAL_LENGTH = "max_sequence"
 CHUNKED_LENGTH = "chunked_max_sequence"
 FUNCTION_DOMAIN = "l4convert"
 
-_BITS = {
+_BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT: 32,
     onnx.TensorProto.FLOAT16: 16,
     onnx.TensorProto.BFLOAT16: 16,
@@ -34,7 +34,7 @@ _BITS = {
     onnx.TensorProto.FLOAT4E2M1: 4,
 }
 # ONNX type -> the precision of hardware profiles that it needs; other types run everywhere.
-_PRECISIONS = {
+_PRECISIONS: dict[int, str] = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
@@ -45,6 +45,10 @@ _PRECISIONS = {
     onnx.TensorProto.FLOAT4E2M1: "fp4",
 }
 _QUANTIZED = {"int8", "int4", "fp8", "fp4"}
+# How the lowering of experts names stacks of codes in 32-bit words, and how many codes are in a word
+# (graph_passes/lower_moe_to_loop.py). They are looked up in a table, so they need no precision of the hardware.
+_PACKED = {"_int4_packed": 8, "_fp8_packed": 4}
+_PACKED_SCALE = "_packed_scale"
 
 
 @dataclass(frozen=True)
@@ -148,18 +152,25 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
     for graph in graphs_of(model.graph):
         scales = {node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
         for tensor in graph.initializer:
-            count = math.prod(tensor.dims)
-            nbytes = -(-count * _BITS.get(tensor.data_type, 8) // 8)
-            precision = _PRECISIONS.get(tensor.data_type)
+            nbytes = -(-math.prod(tensor.dims) * _BITS.get(tensor.data_type, 8) // 8)
+            codes, precision = _codes(tensor), _PRECISIONS.get(tensor.data_type)
             total += nbytes
             int4 += nbytes if precision in {"int4", "fp4"} else 0
-            weights += count if precision in _QUANTIZED else 0
-            unquantized += nbytes if precision not in _QUANTIZED and tensor.name not in scales else 0
+            weights += codes
+            scale = tensor.name in scales or tensor.name.endswith(_PACKED_SCALE)
+            unquantized += 0 if codes or scale else nbytes
             types.add(tensor.data_type)
         types |= {node_type for node in graph.node for node_type in _types_of(node)}
         types |= {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
     needed = frozenset(_PRECISIONS[t] for t in types if t in _PRECISIONS)
     return GraphFacts(needed, total, int4, weights, unquantized)
+
+
+def _codes(tensor: onnx.TensorProto) -> int:
+    """How many quantized weights a tensor holds."""
+    packed = next((codes for suffix, codes in _PACKED.items() if tensor.name.endswith(suffix)), None)
+    quantized = packed or int(_PRECISIONS.get(tensor.data_type) in _QUANTIZED)
+    return math.prod(tensor.dims) * quantized
 
 
 def _types_of(node: onnx.NodeProto) -> Iterator[int]:

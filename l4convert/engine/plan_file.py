@@ -15,8 +15,8 @@ from l4convert.emit.staging import reported, sync
 from l4convert.errors import UsageError
 
 
-class PlanFile:
-    """Where a builder's output goes.
+class PlanWriter:
+    """Where a builder's output goes: an open file.
 
     Attributes:
         error: What kept a block from being written; the builder must not see it raised, so the caller asks afterwards.
@@ -48,8 +48,10 @@ class PlanFile:
 
 
 @contextmanager
-def plan_file(path: Path) -> Iterator[PlanFile]:
-    """A locked temporary file beside ``path``, removed when the block ends unless :func:`publish` put it in place.
+def plan_file(path: Path) -> Iterator[int]:
+    """A locked, empty temporary file beside ``path``, open for writing.
+
+    It is removed when the block ends, unless :func:`publish` put it in place.
 
     Raises:
         UsageError: Another process, here or on another machine, is building the same engine.
@@ -60,7 +62,7 @@ def plan_file(path: Path) -> Iterator[PlanFile]:
         descriptor = _lock(partial, path)
     try:
         os.ftruncate(descriptor, 0)  # what a killed build left
-        yield PlanFile(descriptor)
+        yield descriptor
     finally:
         if partial.exists() and os.path.samestat(partial.stat(), os.fstat(descriptor)):
             partial.unlink(missing_ok=True)
@@ -100,7 +102,7 @@ def _lock(partial: Path, path: Path) -> int:
         os.close(descriptor)
 
 
-def make_writer(module: Any, plan: PlanFile) -> Any:
+def make_writer(module: Any, plan: PlanWriter) -> Any:
     """An ``IStreamWriter`` of the given module that appends to ``plan``."""
 
     class Writer(module.IStreamWriter):  # type: ignore[misc]  # the base class is known at run time only

@@ -138,9 +138,9 @@ class _Graph:
                 continue
             inside = self.ancestors(i, before)
             leaving = self._leaving(inside, previous)
-            if leaving == set(self.nodes[i].output) and len(leaving) == 1:
-                if best is None or len(inside) > len(best[1]):
-                    best = (next(iter(leaving)), inside)
+            alone = len(leaving) == 1 and leaving == set(self.nodes[i].output)
+            if alone and (best is None or len(inside) > len(best[1])):
+                best = (next(iter(leaving)), inside)
         if best is None:
             raise InputError(
                 f"model.onnx: cannot be cut before layer {boundary}: more than one value crosses there",
@@ -224,7 +224,9 @@ def _enter(graph: _Graph, model: onnx.ModelProto, before: str) -> None:
             axes = slice(_integer(node, "start"), _integer(node, "end")).indices(2)
             node.input[0] = HIDDEN_INPUT
             del node.attribute[:]
-            node.attribute.extend(onnx.helper.make_attribute(*axis) for axis in zip(("start", "end"), axes[:2]))
+            node.attribute.extend(
+                onnx.helper.make_attribute(*axis) for axis in zip(("start", "end"), axes[:2], strict=True)
+            )
     model.graph.input.insert(0, graph.hidden(before, HIDDEN_INPUT))
 
 
