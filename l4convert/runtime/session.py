@@ -79,8 +79,9 @@ class OrtSession:
             raise UsageError(f"a maximum length of {max_length} is not between 1 and the model's {limit} positions")
         default = min(DEFAULT_MAX_LENGTH, limit) if info.kv_cache == "static" else limit
         # Graphs of the other runtimes are lowered to what this one fuses well.
-        cpu_form, fuse = info.compute == "bfloat16" and provider == "cpu", info.calls == "any"
-        session = load_model(artifact / MODEL_FILE, threads, cpu_form=cpu_form, fuse_quantized=fuse, provider=provider)
+        fuse = info.calls == "any"
+        rewrite = provider == "cpu" and (info.compute == "bfloat16" or info.target == "cuda")
+        session = load_model(artifact / MODEL_FILE, threads, cpu_form=rewrite, fuse_quantized=fuse, provider=provider)
         return cls(info, session, max_length or default, provider)
 
     @property
@@ -189,7 +190,8 @@ def load_model(
         optimized: Whether ONNX Runtime may rewrite the graph; False: every node runs as it is written.
         fuse_quantized: Whether it may fuse DequantizeLinear with what follows. It does so even where no kernel takes
             FP8, and looks in the wrong graph for weights that a loop uses (1.31).
-        cpu_form: Whether the graph computes in bfloat16, and so has to be rewritten (l4convert/runtime/cpu_form.py).
+        cpu_form: Whether the graph computes in bfloat16, or has kernels that only CUDA has, and so has to be rewritten
+            (l4convert/runtime/cpu_form.py).
         provider: Where it runs; the CPU takes what another provider has no kernel for.
 
     Raises:
