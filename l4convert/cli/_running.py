@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from l4convert.cli._complete import hardware_names
+
 if TYPE_CHECKING:
     from l4convert.runtime import EngineSession, OrtSession
 
@@ -16,7 +18,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def running_options(command: Command) -> Command:
     """Add ``--engine NAME`` and ``--provider NAME``, which become the arguments ``engine`` and ``provider``."""
     engine = click.option(
-        "--engine", metavar="NAME", help="Run the engine that `build` made for this hardware profile, on the first GPU."
+        "--engine",
+        metavar="NAME",
+        shell_complete=hardware_names,
+        help="Run the engine that `build` made for this hardware profile, on the first GPU.",
     )
     provider = click.option(
         "--provider", type=click.Choice(["cpu", "cuda"]), help="ONNX Runtime's execution provider.  [default: cpu]"

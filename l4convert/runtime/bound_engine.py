@@ -11,6 +11,7 @@ import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import DeviceError
+from l4convert.runtime.calls import InPlaceCall
 from l4convert.runtime.device import Device, Graph, Plan, Shape
 from l4convert.runtime.engine_layout import DTYPES, IDS, LOGITS, MASK, Layout, choose_profile, concrete, plan_layout
 from l4convert.runtime.engines import Engine
@@ -63,6 +64,7 @@ class BoundEngine:
         self._captured: _Captured | None = None
         self._bound: dict[int, _Shapes] = {}
         self._called: Shape = (0, 0)
+        self._decoded: IntArray | None = None  # lengths before the last call, where it gave each row one token
         self._addresses: dict[str, int] = {}
         self._plans: list[Plan] = []
         try:
@@ -73,21 +75,23 @@ class BoundEngine:
 
     def empty_caches(self) -> None:
         """Zero every cache: slots that no token has written are masked, and must hold numbers for that."""
+        self._decoded = None
         for name, nbytes in self.layout.caches.items():
             self._device.zero(self._addresses[name], nbytes)
 
-    def call(self, ids: IntArray, mask: IntArray) -> None:
+    def call(self, call: InPlaceCall, input_ids: IntArray) -> None:
         """Start every plan once; what is read afterwards waits for them.
 
         Args:
-            ids: [B, S], S at most that of the widest profile.
-            mask: [B, columns], 1 for every token so far and every new one, zeros in front of them.
+            call: Which tokens, at most as many columns as the widest profile takes.
+            input_ids: Of the step that the call is a part of.
         """
-        self._device.copy_in(self._addresses[IDS], np.ascontiguousarray(ids, DTYPES[self._input(IDS)]))
-        self._device.copy_in(self._addresses[MASK], np.ascontiguousarray(mask, DTYPES[self._input(MASK)]))
+        ids = np.ascontiguousarray(call.take(input_ids), DTYPES[self._input(IDS)])
+        self._device.copy_in(self._addresses[IDS], ids)
+        self._write_mask(call)
         profile = choose_profile(self.engine.profiles, ids.shape[1])
         run = self._decode if ids.shape[1] == 1 else self._enqueue
-        run(profile, (ids.shape, mask.shape))
+        run(profile, (ids.shape, (len(ids), self.engine.max_context)))
         self._called = ids.shape
 
     def logits(self) -> FloatArray:
@@ -128,6 +132,23 @@ class BoundEngine:
             self._addresses[name] = self._device.alloc(max(nbytes, 1))
         for plan in self._plans:
             plan.use_scratch(self._addresses["scratch"], scratch)
+
+    def _write_mask(self, call: InPlaceCall) -> None:
+        """Bring the mask on the device up to date.
+
+        One width for every mask, whatever the texts' lengths, keeps the shapes of all decode steps the same, as a CUDA
+        graph needs; columns that are too many are padding in front, which changes no position. So the mask of a decode
+        step is that of the one before with a one more in each row, in front of the others: only these are copied.
+        """
+        address, dtype, columns = self._addresses[MASK], DTYPES[self._input(MASK)], self.engine.max_context
+        decoding = call.columns.shape[1] == 1 and bool(call.real.all())
+        if decoding and self._decoded is not None and np.array_equal(self._decoded + 1, call.lengths):
+            for row, length in enumerate(call.lengths.tolist()):
+                place = row * columns + columns - 1 - length
+                self._device.copy_in(address + place * dtype.itemsize, np.ones(1, dtype))
+        else:
+            self._device.copy_in(address, np.ascontiguousarray(call.attention_mask(columns), dtype))
+        self._decoded = call.lengths if decoding else None
 
     def _read(self, first: int, shape: Shape) -> FloatArray:
         """Logits of ``shape`` [rows, tokens], from the token ``first`` of the buffer on."""

@@ -195,9 +195,7 @@ class EngineStream:
         return self._bound.last_logits()
 
     def _run(self, call: InPlaceCall, input_ids: IntArray) -> None:
-        # One width for every mask, whatever the texts' lengths, keeps the shapes of all decode steps the same, as a
-        # CUDA graph needs; the columns that are too many are padding in front, which changes no position.
-        self._bound.call(call.take(input_ids), call.attention_mask(self._session.engine.max_context))
+        self._bound.call(call, input_ids)
         self.lengths = call.lengths + call.counts
 
     def _checked(self, input_ids: IntArray, mask: IntArray | None) -> IntArray:

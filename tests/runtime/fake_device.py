@@ -37,14 +37,14 @@ class FakeDevice:
 
     Attributes:
         memory: Address -> bytes. calls: (profile, shapes) of everything that ran. captures, launches: of CUDA graphs.
-        copied: Bytes that were read back.
+        copied: Bytes that were read back. written: Bytes that were copied in.
     """
 
     def __init__(self, *, free: int = 1 << 40, capturable: bool = True, replays: bool = False) -> None:
         self.memory: dict[int, np.ndarray] = {}
         self.plans: list[FakePlan] = []
         self.calls: list[tuple[int, dict[str, tuple[int, ...]]]] = []
-        self.captures = self.launches = self.copied = 0
+        self.captures = self.launches = self.copied = self.written = 0
         self.closed = False
         self.capturable, self.replays = capturable, replays
         self._free = free
@@ -71,7 +71,11 @@ class FakeDevice:
 
     def copy_in(self, address: int, array: np.ndarray) -> None:
         assert array.flags.c_contiguous
-        self.memory[address][: array.nbytes] = array.reshape(-1).view(np.uint8)
+        self.written += array.nbytes
+        self.store(address, array)
+
+    def store(self, address: int, array: np.ndarray) -> None:
+        self.block(address)[: array.nbytes] = array.reshape(-1).view(np.uint8)
 
     def copy_out(self, address: int, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
         array = self.read(address, shape, dtype)
@@ -79,10 +83,12 @@ class FakeDevice:
         return array
 
     def read(self, address: int, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-        """An array that begins at an address within some block."""
+        return self.block(address)[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape).copy()
+
+    def block(self, address: int) -> np.ndarray:
+        """The memory from an address within some block to its end."""
         start = max(block for block in self.memory if block <= address)
-        content = self.memory[start][address - start :][: int(np.prod(shape)) * dtype.itemsize]
-        return content.view(dtype).reshape(shape).copy()
+        return self.memory[start][address - start :]
 
     def load(self, file: Path, *, replay: frozenset[int] = frozenset()) -> FakePlan:
         plan = FakePlan(self, file, replay if self.replays else frozenset())
@@ -170,7 +176,7 @@ class FakePlan:
         feeds = {n: self.device.read(addresses[n], s, np.dtype(kinds[self.types[n]])) for n, s in shapes.items()}
         names = [value.name for value in self.session.get_outputs()]
         for name, array in zip(names, self.session.run(names, feeds), strict=True):
-            self.device.copy_in(addresses[name], np.ascontiguousarray(array))
+            self.device.store(addresses[name], np.ascontiguousarray(array))
 
     def replayed(self, profile: int) -> bool:
         return profile in self.replay

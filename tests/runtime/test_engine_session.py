@@ -145,6 +145,21 @@ def test_decode_steps_have_one_shape_and_are_captured_once(built: dict[str, Path
     np.testing.assert_array_equal(np.concatenate(logits), np.concatenate(again))
 
 
+def test_a_decode_step_copies_no_more_than_its_tokens(built: dict[str, Path], ids: np.ndarray) -> None:
+    """Ids and one element of the mask for each row; not so after a step with padding, or of another batch."""
+    device = FakeDevice()
+    written = []
+    with opened(built["whole"], device) as session:
+        stream = session.start(2)
+        for width, mask in ((4, None), (1, None), (1, None), (1, np.array([[1], [0]])), (1, None), (1, None)):
+            before = device.written
+            stream.step(np.stack([ids, ids])[:, :width], mask)
+            written.append(device.written - before)
+    whole = 2 * CONTEXT * 8
+    small = 2 * 8 + 2 * 8
+    assert written == [2 * 4 * 8 + whole, 2 * 8 + whole, small, 2 * 8 + whole, 2 * 8 + whole, small]
+
+
 def test_a_captured_graph_is_not_used_after_a_call_of_other_shapes(built: dict[str, Path], ids: np.ndarray) -> None:
     device = FakeDevice()
     with opened(built["full"], device) as session:
