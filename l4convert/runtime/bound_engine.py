@@ -75,7 +75,6 @@ class BoundEngine:
 
     def empty_caches(self) -> None:
         """Zero every cache: slots that no token has written are masked, and must hold numbers for that."""
-        self._decoded = None
         for name, nbytes in self.layout.caches.items():
             self._device.zero(self._addresses[name], nbytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from l4convert.errors import BackendMissing, DeviceError, InputError, UsageError
 from l4convert.gpus import Gpu, Gpus
 from l4convert.runtime import EngineSession
-from tests.runtime.fake_device import BATCH, CONTEXT, GPU, FakeDevice, gpus, opened
+from tests.runtime.fake_device import BATCH, CONTEXT, GPU, FakeDevice, add_engines, gpus, opened
 
 
 def test_limits(built: dict[str, Path]) -> None:
@@ -40,17 +41,18 @@ def test_a_full_row_stops_its_batch_with_a_reason(built: dict[str, Path]) -> Non
             stream.step(np.array([[7], [7]]), np.array([[0], [1]]))
 
 
-def test_padding_stays_within_the_caches(built: dict[str, Path]) -> None:
-    """One row has two slots left while the other gets five tokens: calls of two, then of three beside a full row."""
+def test_padding_stays_within_the_caches(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """One row has two slots left, within its chunk, and gets one token beside five: calls of two, then of one each."""
+    context = CONTEXT - 2  # no multiple of the chunk
+    artifact = add_engines(Path(shutil.copytree(artifacts["static"], tmp_path / "a")), max_context=context)
     device = FakeDevice()
-    with opened(built["whole"], device) as session:
+    with opened(artifact, device) as session:
         stream = session.start(2)
-        mask = np.ones((2, CONTEXT - 2), np.int64)
+        mask = np.ones((2, context - 2), np.int64)
         mask[1, 1:] = 0
-        stream.step(np.full((2, CONTEXT - 2), 7), mask)
+        stream.step(np.full((2, context - 2), 7), mask)
         before = len(device.calls)
-        with_padding = np.array([[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
-        stream.step(np.full((2, 5), 7), with_padding)
+        stream.step(np.full((2, 5), 7), np.array([[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]))
     assert [shapes["input_ids"][1] for _, shapes in device.calls[before:]] == [2, 1, 1, 1]
 
 
