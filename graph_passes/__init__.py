@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from l4convert.graph_passes import (
+    absorb_dequantize,
     expand_rotary_embedding,
     fuse_experts,
     inline_functions,
@@ -54,6 +55,11 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         "weights are stored in the type they are computed with, where that is not wider",
         store_compute_type.run,
         exact=False,
+    ),
+    Pass(
+        "absorb_dequantize",
+        "MoE takes quantized weights as they are stored, with their scales, for a plugin to read",
+        absorb_dequantize.run,
     ),
     Pass(
         "lower_attention_to_gqa",

@@ -16,6 +16,9 @@ from l4convert.plugins.long_context_attention import definition, kv_cache
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, Inputs
 from l4convert.quantization.recipe import Recipe
 
+# Up to so many slots TensorRT-RTX 1.7 has a kernel for one new token that reads the caches where they are. For larger
+# ones it would copy keys and values for every query head; folded, it copies them once (docs/adr/0014).
+SMALL_CACHE = 16384
 # The first opset with TensorScatter (onnx/onnx docs/Changelog.md).
 OPSET = 24
 
@@ -29,8 +32,10 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
             continue
         b = Builder(node.name or "attention")
         replace_node(model.graph, node, b, build(b, spec, inputs))
-        model.graph.opset_imports[""] = max(OPSET, model.graph.opset_imports[""])
         outcome.fired += 1
+    if outcome.fired:
+        for imports in (model.graph.opset_imports, *(f.opset_imports for f in model.functions.values())):
+            imports[""] = max(OPSET, imports.get("", 0))
     clean_up(model)
     return outcome
 
@@ -47,11 +52,45 @@ def build(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ir
         b.op("TensorScatter", past, b.op("Transpose", update, perm=[0, 2, 1, 3]), first, axis=2)
         for past, update in ((inputs.past_key, heads.key), (inputs.past_value, heads.value))
     )
-    mask = visible_slots(b, start, new, b.dim(inputs.past_key, 2))
-    query = b.op("Transpose", heads.query, perm=[0, 2, 1, 3])
+    capacity = b.dim(inputs.past_key, 2)
+    mask = visible_slots(b, start, new, capacity)
+    attend = _folded if spec.num_heads > spec.kv_num_heads and not 0 < spec.chunk_size <= SMALL_CACHE else _direct
+    return attend(b, spec, heads.query, key, value, mask, capacity), key, value
+
+
+def _direct(
+    b: Builder,
+    spec: AttentionSpec,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    mask: ir.Value,
+    capacity: ir.Value,
+) -> ir.Value:
+    """Query [B,S,Hq,D] against caches [B,Hk,capacity,D] under a mask [B,1,S,capacity]: [B,S,Hq*D]."""
+    query = b.op("Transpose", query, perm=[0, 2, 1, 3])
     attention = b.op("Attention", query, key, value, mask, scale=spec.scale)
-    merged = b.reshape(b.op("Transpose", attention, perm=[0, 2, 1, 3]), [0, 0, -1])
-    return merged, key, value
+    return b.reshape(b.op("Transpose", attention, perm=[0, 2, 1, 3]), [0, 0, -1])
+
+
+def _folded(
+    b: Builder,
+    spec: AttentionSpec,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    mask: ir.Value,
+    capacity: ir.Value,
+) -> ir.Value:
+    """The same, with the query heads that share a key head as so many tokens of it: key and value need no copies."""
+    group = spec.num_heads // spec.kv_num_heads
+    query = b.reshape(query, [0, 0, spec.kv_num_heads, group, spec.head_dim])
+    query = b.reshape(b.op("Transpose", query, perm=[0, 2, 3, 1, 4]), [0, spec.kv_num_heads, -1, spec.head_dim])
+    each = b.op("Expand", b.op("Unsqueeze", mask, b.constant([2])), b.constant([1, 1, group, 1, 1]))
+    mask = b.op("Reshape", each, b.op("Concat", b.constant([0, 1, -1]), capacity, axis=0))
+    attention = b.op("Attention", query, key, value, mask, scale=spec.scale)
+    attention = b.reshape(attention, [0, spec.kv_num_heads, group, -1, spec.head_dim])
+    return b.reshape(b.op("Transpose", attention, perm=[0, 3, 1, 2, 4]), [0, 0, spec.num_heads * spec.head_dim])
 
 
 def visible_slots(b: Builder, start: ir.Value, new: ir.Value, capacity: ir.Value) -> ir.Value:

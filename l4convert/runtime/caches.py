@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -149,12 +151,14 @@ def copy_to(value: Any, device: str) -> Any:
 
 
 def as_float32(value: Any) -> FloatArray:
-    """The content of an ``OrtValue`` of any floating type."""
-    array = value.numpy()
-    if value.element_type() == ir.DataType.BFLOAT16:
-        array = array.view(ml_dtypes.bfloat16)
-    result: FloatArray = np.asarray(array, np.float32)
-    return result
+    """The content of an ``OrtValue`` on the CPU, of any floating type."""
+    if value.element_type() != ir.DataType.BFLOAT16:
+        result: FloatArray = np.asarray(value.numpy(), np.float32)
+        return result
+    shape = value.shape()
+    # ONNX Runtime gives no array of a type that NumPy does not have.
+    bits = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    return np.frombuffer(bits, ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
 
 
 CACHE_FORMS: Mapping[KvCache, Callable[[Any, CacheNames, CacheRoom], KvCacheState]] = {

@@ -11,7 +11,7 @@ import pytest
 from l4convert.checkpoint import open_checkpoint
 from l4convert.graph_passes import CANONICAL_PASSES, LOWERING_PASSES, PASSES
 from l4convert.quantization.recipe import bundled_recipes, load_recipe
-from l4convert.targets import TARGETS, cpu, portable
+from l4convert.targets import TARGETS
 from tests.graphs import lowered
 
 KERNELS = {"GroupQueryAttention", "QMoE", "MoE", "MatMulNBits"}
@@ -22,14 +22,20 @@ def test_passes_are_known_once_and_in_order():
     assert len(set(names)) == len(names)
     assert names[: len(CANONICAL_PASSES)] == ["outline_attention", "fuse_experts", "quantize_weights"]
     order = [row.name for row in LOWERING_PASSES]
-    for lowering in (cpu.LOWERING, portable.LOWERING):
-        assert list(lowering) == sorted(lowering, key=order.index)
-    assert [row.exact for row in PASSES].count(False) == 1
+    for target in TARGETS.values():
+        lowering = [row.name for row in target.lowering]
+        assert lowering == sorted(lowering, key=order.index)
+    assert [row.name for row in PASSES if not row.exact] == ["quantize_weights", "store_compute_type"]
 
 
 def test_rows_are_named_by_their_keys():
     assert {name: target.name for name, target in TARGETS.items()} == {name: name for name in TARGETS}
-    assert all(target.kv_caches[0] == "growing" for target in TARGETS.values())
+    assert {name: (t.kv_caches[0], t.compute[0], t.calls) for name, t in TARGETS.items()} == {
+        "cpu": ("growing", "float32", "any"),
+        "portable": ("growing", "float32", "any"),
+        "tensorrt": ("static", "bfloat16", "in_place"),
+        "tensorrt-rtx": ("static", "bfloat16", "in_place"),
+    }
 
 
 @pytest.mark.parametrize("kv_cache", ["growing", "static", "windowed"])
