@@ -23,10 +23,10 @@ from l4convert.engine.network import (
     GraphFacts,
     graph_facts,
     is_cache,
-    keep_plugin_nodes,
     load_graph,
     set_capacity,
     tensor_bytes,
+    with_plugin_nodes,
 )
 from l4convert.engine.segments import Span, cut, split_layers
 from l4convert.engine.shapes import TokenProfile, input_shapes, io_table, token_profiles
@@ -110,7 +110,8 @@ class BuildPlan:
         out: The artifact.
         target: What it was converted for; decides the builder.
         whole: The graph of all layers, with its caches' lengths set.
-        segments: The graphs that it is cut into, all of them, in order; one where it is not cut.
+        segments: The graphs that it is cut into, all of them, in order; one where it is not cut. Both have the
+            definitions of our own operators, so that ONNX Runtime can run them.
     """
 
     out: Path
@@ -137,10 +138,9 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     source = _source(options.artifact)
     model = load_graph(options.artifact / MODEL_FILE)
     set_capacity(model, capacity)
-    if info.target == "tensorrt":
-        keep_plugin_nodes(model)
     segments = cut(model, spans)
-    jobs = [_job(options, target, spans[i], segments[i], capacity, source) for target in hardware for i in chosen]
+    parsed = [with_plugin_nodes(segment) for segment in segments] if info.target == "tensorrt" else segments
+    jobs = [_job(options, target, spans[i], parsed[i], capacity, source) for target in hardware for i in chosen]
     for job in jobs:
         checks.require_precisions(job.hardware, job.facts)
         checks.require_gpu_memory(job.hardware, job.facts.weights_bytes, job.caches_bytes, job.span.name)

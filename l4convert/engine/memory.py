@@ -8,18 +8,18 @@ from l4convert.errors import InputError
 from l4convert.progress import format_amount
 
 # Peak of anonymous memory while TensorRT-RTX 1.7.1.116 builds, *measured* on MatMuls of 8192x8192 weights (two
-# profiles, SM 8.9): 0.14 and 0.55 GB of INT4 in 16 layers: 0.2 GB and twice the weights; 0.67 GB of BF16 and 0.60 GB
-# of FP8: 0.2 GB and once the weights. The weights file itself is mapped: its pages can be evicted, so they count for
-# nothing here. A tenth is added to each.
-_INT4_FACTOR = 2.2
+# profiles, SM 8.9): 0.14 and 0.55 GB of INT4: 0.3 GB and twice the weights; 0.67 GB of BF16 and 0.60 GB of FP8: 0.3 GB
+# and once the weights; and on a layer of Scout, 1.1 GB of it experts in packed words: 2.7 GB, twice the weights. The
+# weights file itself is mapped: its pages can be evicted, so they count for nothing here. A tenth is added to each.
+_PACKED_FACTOR = 2.2
 _OTHER_FACTOR = 1.1
 _FIXED_BYTES = 600 << 20
 
 
 def build_bytes(facts: GraphFacts) -> int:
     """Estimated peak of the memory that building one engine takes."""
-    other = facts.weights_bytes - facts.int4_bytes
-    return int(_FIXED_BYTES + _INT4_FACTOR * facts.int4_bytes + _OTHER_FACTOR * other)
+    other = facts.weights_bytes - facts.packed_bytes
+    return int(_FIXED_BYTES + _PACKED_FACTOR * facts.packed_bytes + _OTHER_FACTOR * other)
 
 
 def require_memory(needed: int, engine: str, limit: str | None, layers: int) -> None:

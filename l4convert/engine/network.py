@@ -70,14 +70,14 @@ class GraphFacts:
     Attributes:
         precisions: Those of hardware profiles that the graph needs.
         weights_bytes: All initializers.
-        int4_bytes: Those of 4-bit values, without their scales.
+        packed_bytes: Those of 4-bit values and of words that hold several values, without their scales.
         quantized_weights: How many numbers are stored in 8 or 4 bits.
         unquantized_bytes: Initializers that are neither such numbers nor their scales.
     """
 
     precisions: frozenset[str]
     weights_bytes: int
-    int4_bytes: int
+    packed_bytes: int
     quantized_weights: int
     unquantized_bytes: int
 
@@ -111,15 +111,17 @@ def set_capacity(model: onnx.ModelProto, capacity: Capacity) -> None:
             )
 
 
-def keep_plugin_nodes(model: onnx.ModelProto) -> None:
-    """Remove the definitions of our own operators, in place, so that TensorRT looks for plugins of these names.
+def with_plugin_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without the definitions of our own operators, so that TensorRT looks for plugins of these names.
 
     Its parser takes a function of the model before a plugin of the same name (onnx-tensorrt, ModelImporter.cpp,
     parseNode).
     """
-    kept = [function for function in model.functions if function.domain != FUNCTION_DOMAIN]
-    del model.functions[:]
-    model.functions.extend(kept)
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.functions[:]
+    bare.functions.extend(function for function in model.functions if function.domain != FUNCTION_DOMAIN)
+    return bare
 
 
 def is_cache(name: str) -> bool:
@@ -147,7 +149,7 @@ _GRAPH_ATTRIBUTES = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
 
 def graph_facts(model: onnx.ModelProto) -> GraphFacts:
     """Count what is in a graph's initializers, and find the precisions that it needs."""
-    total = int4 = weights = unquantized = 0
+    total = packed = weights = unquantized = 0
     types: set[int] = set()
     for graph in graphs_of(model.graph):
         scales = {node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -155,7 +157,7 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
             nbytes = -(-math.prod(tensor.dims) * _BITS.get(tensor.data_type, 8) // 8)
             codes, precision = _codes(tensor), _PRECISIONS.get(tensor.data_type)
             total += nbytes
-            int4 += nbytes if precision in {"int4", "fp4"} else 0
+            packed += nbytes if precision in {"int4", "fp4"} or _codes_a_word(tensor) else 0
             weights += codes
             scale = tensor.name in scales or tensor.name.endswith(_PACKED_SCALE)
             unquantized += 0 if codes or scale else nbytes
@@ -163,14 +165,17 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
         types |= {node_type for node in graph.node for node_type in _types_of(node)}
         types |= {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
     needed = frozenset(_PRECISIONS[t] for t in types if t in _PRECISIONS)
-    return GraphFacts(needed, total, int4, weights, unquantized)
+    return GraphFacts(needed, total, packed, weights, unquantized)
 
 
 def _codes(tensor: onnx.TensorProto) -> int:
     """How many quantized weights a tensor holds."""
-    packed = next((codes for suffix, codes in _PACKED.items() if tensor.name.endswith(suffix)), None)
-    quantized = packed or int(_PRECISIONS.get(tensor.data_type) in _QUANTIZED)
-    return math.prod(tensor.dims) * quantized
+    each = _codes_a_word(tensor) or int(_PRECISIONS.get(tensor.data_type) in _QUANTIZED)
+    return int(math.prod(tensor.dims)) * each
+
+
+def _codes_a_word(tensor: onnx.TensorProto) -> int:
+    return next((codes for suffix, codes in _PACKED.items() if tensor.name.endswith(suffix)), 0)
 
 
 def _types_of(node: onnx.NodeProto) -> Iterator[int]:

@@ -25,6 +25,7 @@ from l4convert.engine.backend import load_backend
 from l4convert.engine.build import is_built
 from l4convert.engine.plan_file import plan_file
 from l4convert.errors import BackendMissing, InputError, L4Error, UsageError
+from l4convert.pipeline import ConvertOptions, convert
 from tests.engine.conftest import retarget
 
 SMALL = {"max_context": 64, "prefill_tokens": 8}
@@ -104,6 +105,19 @@ def test_full_tensorrt_is_driven_the_same_way(stubbed: Callable[[str], Path]) ->
     assert "printed by native code" in log
     assert "INFO: Total Weights Memory: 7 bytes" in log
     assert verify_artifact(out).ok
+
+
+def test_plugin_nodes_lose_their_definitions_for_the_parser_only(scout_layout: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(ConvertOptions(scout_layout, out, target="tensorrt", recipe="int4", kv_cache="static"))
+    plan = plan_build(_stub_options(out))
+    [job] = plan.jobs
+    assert {function.domain for function in plan.whole.functions} == {"l4convert"}
+    assert not job.model.functions
+    assert {node.op_type for node in job.model.graph.node if node.domain == "l4convert"} == {
+        "LongContextAttention",
+        "MoE",
+    }
 
 
 def test_a_timing_cache_is_kept_and_used(stubbed: Callable[[str], Path]) -> None:

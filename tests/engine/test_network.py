@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from l4convert.engine.network import Capacity, graph_facts, keep_plugin_nodes, load_graph, set_capacity
+from l4convert.engine.network import Capacity, graph_facts, load_graph, set_capacity, with_plugin_nodes
 from l4convert.engine.shapes import input_shapes, token_profiles
 from l4convert.errors import InputError
 
@@ -48,7 +48,7 @@ def _model() -> onnx.ModelProto:
 def test_weights_are_counted_by_kind() -> None:
     facts = graph_facts(_model())
     assert facts.quantized_weights == 64 * 3 + 2 * 4 * 5 * 8
-    assert facts.int4_bytes == 64 * 3 // 2
+    assert facts.packed_bytes == 64 * 3 // 2 + 2 * 4 * 5 * 4
     assert facts.unquantized_bytes == 7 * 4 + 2 * 2  # the norm, and the scalar in both branches
     assert facts.weights_bytes == 96 + 12 + 160 + 20 + 28 + 4
     assert facts.precisions == {"int4", "fp16", "fp32", "bf16", "fp8"}
@@ -74,9 +74,10 @@ def test_a_cache_of_another_length_is_refused() -> None:
 
 def test_only_our_own_functions_are_removed_for_plugins() -> None:
     model = _model()
-    keep_plugin_nodes(model)
-    assert [function.domain for function in model.functions] == ["other"]
-    assert model.graph == _model().graph
+    bare = with_plugin_nodes(model)
+    assert [function.domain for function in bare.functions] == ["other"]
+    assert bare.graph == model.graph
+    assert model == _model()
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
