@@ -13,7 +13,7 @@ from l4convert.graph_passes import (
     lower_attention_to_tensor_scatter,
     lower_matmul_to_fp8_weights,
     lower_matmul_to_nbits,
-    lower_moe_to_expert_loops,
+    lower_moe_to_expert_products,
     lower_moe_to_loop,
     lower_moe_to_qmoe,
     move_activation_scales,
@@ -92,9 +92,9 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         partial(lower_moe_to_qmoe.run, provider=CUDA),
     ),
     Pass(
-        "lower_moe_to_expert_loops",
-        "MoE becomes one Loop an expert, over tiles of the tokens that chose it",
-        lower_moe_to_expert_loops.run,
+        "lower_moe_to_expert_products",
+        "MoE becomes a product for each expert with the tokens that chose it",
+        lower_moe_to_expert_products.run,
     ),
     Pass(
         "lower_matmul_to_nbits",

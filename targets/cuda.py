@@ -8,7 +8,7 @@ LOWERING = (
     "store_compute_type",
     "lower_attention_to_cuda_gqa",
     "lower_moe_to_cuda_qmoe",
-    "lower_moe_to_expert_loops",
+    "lower_moe_to_expert_products",
     "lower_matmul_to_nbits",
     "move_activation_scales",
     "lower_matmul_to_fp8_weights",
