@@ -10,7 +10,7 @@ from typing import Any
 
 from l4convert.emit import read_manifest
 from l4convert.emit.engines import engine_entries
-from l4convert.engine.backend import Backend, load_backend, require_capability
+from l4convert.engine.backend import Backend, find_backend, require_capability
 from l4convert.engine.compile import compile_engine
 from l4convert.engine.jobs import BuildOptions, BuildPlan, EngineJob, plan_build
 from l4convert.engine.segment_check import check_segments
@@ -62,7 +62,7 @@ def build_engines(options: BuildOptions, progress: Progress = NO_PROGRESS) -> Bu
         CheckFailed: The segments compute something else than the whole graph.
     """
     plan = plan_build(options)
-    backend = load_backend(plan.target)
+    backend = find_backend(plan.target)
     for job in plan.jobs:
         require_capability(backend, job.hardware)
     due = {job.path for job in plan.jobs if options.overwrite or not is_built(plan.out, job, backend)}

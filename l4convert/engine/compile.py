@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from l4convert import errors
 from l4convert.emit.engines import TIMING_CACHE, forget_engine, record_engine
 from l4convert.emit.staging import reported
 from l4convert.emit.write import MODEL_FILE
+from l4convert.engine.backend import import_environment
 from l4convert.engine.jobs import EngineJob
 from l4convert.engine.monitor import TOTAL
 from l4convert.engine.plan_file import plan_file, publish
@@ -72,8 +72,7 @@ def _run(order: WorkOrder, task: Task) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             stderr=log,
             pass_fds=[order.plan],
-            # What this process can import the worker can, too, wherever it was found.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=import_environment(),
         )
     try:
         assert worker.stdin is not None

@@ -24,7 +24,7 @@ from typing import Any
 
 from l4convert.checkpoint.text import and_more
 from l4convert.emit.engines import PARTIAL_SUFFIX
-from l4convert.engine.backend import Backend, load_backend, set_capability
+from l4convert.engine.backend import load_module, set_capability
 from l4convert.engine.log import BuildLog, make_logger
 from l4convert.engine.monitor import Steps, make_monitor
 from l4convert.engine.plan_file import PlanWriter, make_writer
@@ -109,14 +109,14 @@ def build(order: WorkOrder, reporter: Any) -> dict[str, Any]:
         BackendMissing: The builder does not load.
         InputError: The builder refuses the graph, or the plan cannot be written.
     """
-    backend = load_backend(order.target)
+    module = load_module(order.target)
     with BuildLog(Path(order.log)) as log:
         plan = PlanWriter(order.plan)
-        flags = _drive(order, backend, log, Steps(reporter, f"Building {order.title}"), plan)
+        flags = _drive(order, module, log, Steps(reporter, f"Building {order.title}"), plan)
         return {
             "bytes": plan.size,
             "sha256": plan.sha256,
-            "builder": backend.as_dict(),
+            "builder": {"name": module.__name__, "version": str(module.__version__)},
             "flags": flags,
             "scratch_bytes": log.scratch_bytes,
             "weights_bytes": log.weights_bytes,
@@ -124,9 +124,9 @@ def build(order: WorkOrder, reporter: Any) -> dict[str, Any]:
         }
 
 
-def _drive(order: WorkOrder, backend: Backend, log: BuildLog, steps: Steps, plan: PlanWriter) -> list[str]:
+def _drive(order: WorkOrder, module: Any, log: BuildLog, steps: Steps, plan: PlanWriter) -> list[str]:
     """Parse, configure, build; returns the names of the builder's flags."""
-    module, logger = backend.module, make_logger(backend.module, log)
+    logger = make_logger(module, log)
     builder = module.Builder(logger)
     network = builder.create_network(_network_flags(module))
     parser = module.OnnxParser(network, logger)
@@ -135,7 +135,7 @@ def _drive(order: WorkOrder, backend: Backend, log: BuildLog, steps: Steps, plan
     config.progress_monitor = monitor
     for name in _CLEARED_FLAGS:
         config.clear_flag(getattr(module.BuilderFlag, name))
-    set_capability(backend, config, order.sm)
+    set_capability(module, config, order.sm)
     for shapes in order.shapes:
         profile = builder.create_optimization_profile()
         for name, (least, usual, most) in shapes.items():

@@ -21,7 +21,7 @@ from l4convert.emit import read_manifest, verify_artifact
 from l4convert.emit.digest import file_digest
 from l4convert.emit.engines import engine_entries
 from l4convert.engine import BuildOptions, build_engines, plan_build
-from l4convert.engine.backend import load_backend
+from l4convert.engine.backend import find_backend, load_module
 from l4convert.engine.build import is_built
 from l4convert.engine.plan_file import plan_file
 from l4convert.errors import BackendMissing, InputError, L4Error, UsageError
@@ -130,7 +130,7 @@ def test_a_timing_cache_is_kept_and_used(stubbed: Callable[[str], Path]) -> None
 def test_other_inputs_or_another_builder_are_another_engine(stubbed: Callable[[str], Path]) -> None:
     out = stubbed("")
     build_engines(_stub_options(out))
-    backend = load_backend("tensorrt")
+    backend = find_backend("tensorrt")
     [same] = plan_build(_stub_options(out)).jobs
     assert is_built(out, same, backend)
     assert not is_built(out, same, replace(backend, version="10.100.0"))
@@ -247,14 +247,24 @@ def test_what_a_killed_build_left_is_in_nobodys_way(stubbed: Callable[[str], Pat
     assert verify_artifact(out).ok
 
 
-def test_tensorrt_absent_is_an_install_command(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("raise ModuleNotFoundError('no such module', name='tensorrt')", "tensorrt is not installed"),
+        ("import os; os.abort()", "tensorrt does not load (its import ended with code -6)"),
+        ("raise OSError('libnvinfer.so.11:\\n not found')", "does not load (OSError: libnvinfer.so.11: not found)"),
+    ],
+)
+def test_tensorrt_absent_is_an_install_command(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, message: str
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
     retarget(artifact, target="tensorrt")
     with pytest.raises(BackendMissing) as error:
         build_engines(_stub_options(artifact))
-    assert error.value.message == (
-        "tensorrt is not installed: pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com"
-    )
+    assert message in error.value.message
+    assert error.value.message.endswith(": pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com")
 
 
 @pytest.mark.parametrize(("present", "refused"), [((), "has no GPU"), (("8.9",), "GPUs have 8.9")])
@@ -266,6 +276,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(
     monkeypatch.setenv("TRT_INTERNAL_OPTIONS", "--other")
     with pytest.raises(UsageError, match=refused):
         build_engines(_stub_options(out))
+    load_module("tensorrt")
     assert os.environ["TRT_INTERNAL_OPTIONS"] == ("--other" if present else "--other --cpu_only=1")
 
 
