@@ -11,9 +11,9 @@ import onnx
 from l4convert.engine.network import Capacity
 from l4convert.errors import InputError
 
-#: New tokens of one decode call. Not 1: a profile of exactly one token does not build for caches of 32,768 slots or
-#: more (measured with TensorRT-RTX 1.7.1, which has no kernel for it), and speculative decoding needs a few.
-DECODE_TOKENS = 8
+#: New tokens of one decode call. With exactly one TensorRT-RTX 1.7.1 has a kernel that reads a cache of up to 16,384
+#: slots where it is; with a range it copies keys and values for every query head (benchmarks/engine_forms.py).
+DECODE_TOKENS = 1
 
 Shape = tuple[int, ...]
 
@@ -35,8 +35,8 @@ class TokenProfile:
 def token_profiles(prefill_tokens: int, capacity: Capacity) -> tuple[TokenProfile, ...]:
     """Prefill and decode. The tokens of a call lie in one chunk, so no more than a chunked layer's slots."""
     room = min(capacity.global_layers, capacity.chunked_layers)
-    most, few = min(prefill_tokens, room), min(DECODE_TOKENS, room)
-    return TokenProfile("prefill", 1, most, most), TokenProfile("decode", 1, 1, few)
+    most = min(prefill_tokens, room)
+    return TokenProfile("prefill", 1, most, most), TokenProfile("decode", *(DECODE_TOKENS,) * 3)
 
 
 def input_shapes(

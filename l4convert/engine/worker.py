@@ -131,6 +131,7 @@ def _drive(order: WorkOrder, module: Any, log: BuildLog, steps: Steps, plan: Pla
     network = builder.create_network(_network_flags(module))
     parser = module.OnnxParser(network, logger)
     _parse(parser, order, log)
+    _allow_decomposition(module, network)
     config, monitor = builder.create_builder_config(), make_monitor(module, steps)
     config.progress_monitor = monitor
     for name in _CLEARED_FLAGS:
@@ -163,6 +164,18 @@ def _parse(parser: Any, order: WorkOrder, log: BuildLog) -> None:
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     first = _describe(errors[0]) if errors else log.reason()
     raise InputError(f"{order.model_path}: {first}{and_more(len(errors) - 1)}", f"its log is {log.path}")
+
+
+def _allow_decomposition(module: Any, network: Any) -> None:
+    """Let attention be computed by several kernels where none does it alone: for small heads, say.
+
+    TensorRT's parser does not ask for it, and without it the build fails.
+    """
+    kind = getattr(module.LayerType, "ATTENTION_INPUT", None)
+    for layer in (network.get_layer(i) for i in range(network.num_layers)) if kind is not None else ():
+        if layer.type == kind:
+            layer.__class__ = module.IAttentionInputLayer  # the bindings give the base class, and this is how to cast
+            layer.attention.decomposable = True
 
 
 def _describe(error: Any) -> str:
