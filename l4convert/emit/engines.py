@@ -26,6 +26,7 @@ ENGINES_FOLDER = "engines"
 PARTIAL_SUFFIX = ".partial"
 TIMING_CACHE = "timing.cache"
 _LOCK = ".lock"
+_STRAY = {False: "not in the manifest", True: "left by a build that was killed; building it again removes it"}
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _PLAN_PATH = re.compile(rf"{ENGINES_FOLDER}/{_PART}/{_PART}\.plan")
 
@@ -118,7 +119,9 @@ def check_engines(out: Path, manifest: Mapping[str, Any], task: Task) -> list[st
     present = set(_files(out, problems))
     problems += [f"{path}: is missing" for path in sorted(entries.keys() - present)]
     problems += [
-        f"{show(path)}: not in the manifest" for path in sorted(present - entries.keys()) if not _by_product(path)
+        f"{show(path)}: {_STRAY[path.endswith(PARTIAL_SUFFIX)]}"
+        for path in sorted(present - entries.keys())
+        if not _by_product(path)
     ]
     for path in sorted(entries.keys() & present):
         problems += _compare(out, path, entries[path], task)

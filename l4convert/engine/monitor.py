@@ -36,7 +36,7 @@ class Steps:
         """A phase begins, inside of ``parent`` unless it is the outermost."""
         with self._lock:
             self._phases[name] = _Phase(parent if parent in self._phases else None, max(steps, 1))
-            self._task.update(f"{self._title}: {name[:1].lower()}{name[1:]}")
+            self._show(name)
 
     def step(self, name: str, step: int) -> None:
         """Step number ``step``, from 0, is done."""
@@ -46,9 +46,14 @@ class Steps:
                 self._report()
 
     def finish(self, name: str) -> None:
-        """A phase ends."""
+        """A phase ends, and the one that it was in goes on."""
         with self._lock:
-            self._phases.pop(name, None)
+            ended = self._phases.pop(name, None)
+            if ended is not None and ended.parent is not None:
+                self._show(ended.parent)
+
+    def _show(self, name: str) -> None:
+        self._task.update(f"{self._title}: {name[:1].lower()}{name[1:]}")
 
     def _report(self) -> None:
         share = max((self._share(name) for name, phase in self._phases.items() if phase.parent is None), default=0.0)

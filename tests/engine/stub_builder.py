@@ -36,6 +36,12 @@ class NetworkDefinitionCreationFlag(enum.IntEnum):
     STRONGLY_TYPED = 1
 
 
+class LayerType(enum.IntEnum):
+    """As of a version without attention layers."""
+
+    CONVOLUTION = 0
+
+
 class ILogger:
     Severity = Severity
 

@@ -56,7 +56,7 @@ def test_a_real_engine_is_built_recorded_and_built_only_once(artifact: Path) -> 
         "layers": [0, 2],
         "max_context": 64,
         "capacity": {"global": 64, "chunked": 8},
-        "profiles": [{"name": "prefill", "tokens": [1, 8, 8]}, {"name": "decode", "tokens": [1, 1, 8]}],
+        "profiles": [{"name": "prefill", "tokens": [1, 8, 8]}, {"name": "decode", "tokens": [1, 1, 1]}],
         "flags": [],
         "source_sha256": file_digest(artifact / "model.onnx")[1],
     }
@@ -96,7 +96,7 @@ def test_full_tensorrt_is_driven_the_same_way(stubbed: Callable[[str], Path]) ->
     assert content["network"]["flags"] == 2  # strongly typed
     assert content["network"]["path"] == str(out / "model.onnx")  # beside which the weights are
     assert content["profiles"][0]["input_ids"] == [[1, 1], [2, 8], [2, 8]]
-    assert content["profiles"][1]["input_ids"] == [[1, 1], [2, 1], [2, 8]]
+    assert content["profiles"][1]["input_ids"] == [[1, 1], [2, 1], [2, 1]]
     assert content["profiles"][1]["attention_mask"] == [[1, 1], [2, 64], [2, 64]]
     assert content["profiles"][0]["past_key_values.1.value"] == [[1, 2, 8, 16], [2, 2, 8, 16], [2, 2, 8, 16]]
     assert (engine.entry["scratch_bytes"], engine.entry["weights_bytes"]) == ([100, 50], 7)

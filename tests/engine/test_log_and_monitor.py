@@ -48,6 +48,7 @@ def test_nested_phases_are_one_number_that_grows() -> None:
     assert task.done == pytest.approx(25)
     steps.step("Optimizing graph", 3)
     steps.finish("Optimizing graph")
+    assert task.text == "Building l4 decoder: building engine"
     steps.step("Building engine", 0)
     assert task.done == pytest.approx(50)
     steps.start("Costs", "a phase that nobody began", 0)

@@ -89,9 +89,9 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prefill", "capacity", "expected"),
     [
-        (512, Capacity(8192, 8192), [(1, 512, 512), (1, 1, 8)]),
-        (512, Capacity(8192, 128), [(1, 128, 128), (1, 1, 8)]),  # a call lies in one chunk
-        (4, Capacity(6, 6), [(1, 4, 4), (1, 1, 6)]),
+        (512, Capacity(8192, 8192), [(1, 512, 512), (1, 1, 1)]),
+        (512, Capacity(8192, 128), [(1, 128, 128), (1, 1, 1)]),  # a call lies in one chunk
+        (4, Capacity(6, 6), [(1, 4, 4), (1, 1, 1)]),
     ],
 )
 def test_profiles_stay_within_a_chunk(prefill: int, capacity: Capacity, expected: list[tuple[int, ...]]) -> None:
