@@ -69,7 +69,7 @@ def _negate_the_values(model: ir.Model, recipe: Any) -> Outcome:
 def test_rounded_activations_hide_no_wrong_pass(scout, compute):
     """Their tolerance is wide, because a rounding may fall to the other side; a wrong sign is further off."""
     probes = Probes(scout.config, "growing", compute)
-    with pytest.raises(CheckFailed, match="pass negate: inside a chunk: .* differs by"):
+    with pytest.raises(CheckFailed, match=r"pass negate: inside a chunk: .* differs by"):
         verified(
             Pass("negate", "does harm", _negate_the_values),
             canonical(scout, "growing", compute),
