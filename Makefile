@@ -9,7 +9,7 @@ EXTRAS := dev,reference
 # Compiled into the editable package when it is installed.
 KERNELS := $(wildcard l4convert/quantization/native*.cpp l4convert/quantization/native*.h)
 
-.PHONY: help venv test lint format demo clean
+.PHONY: help venv test lint format demo gpu clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -39,6 +39,11 @@ format: $(STAMP) ## Rewrite the sources to the project's format
 
 demo: $(STAMP) ## Convert the bundled model to INT4 and FP8, validate both, generate text
 	$(BIN)/python examples/01_convert_nano_scout/run.py
+
+gpu: $(STAMP) ## Check and time engines and the CUDA provider on the GPU of this machine (exit 5 where there is none)
+	@$(BIN)/python benchmarks/gpu.py --probe
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tensorrt-rtx]' 'onnxruntime-gpu[cuda,cudnn]'
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## Remove caches, build products and the environment
 	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/*/out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from l4convert.graph_passes import (
     absorb_dequantize,
     expand_rotary_embedding,
@@ -9,7 +11,9 @@ from l4convert.graph_passes import (
     inline_functions,
     lower_attention_to_gqa,
     lower_attention_to_tensor_scatter,
+    lower_matmul_to_fp8_weights,
     lower_matmul_to_nbits,
+    lower_moe_to_expert_products,
     lower_moe_to_loop,
     lower_moe_to_qmoe,
     move_activation_scales,
@@ -17,8 +21,10 @@ from l4convert.graph_passes import (
     quantize_weights,
     split_activation_scales,
     store_compute_type,
+    widen_dequantization,
 )
 from l4convert.graph_passes.base import Pass, PassReport
+from l4convert.graph_passes.providers import CUDA
 
 __all__ = ["CANONICAL_PASSES", "LOWERING_PASSES", "PASSES", "Pass", "PassReport"]
 
@@ -61,6 +67,11 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         lower_attention_to_gqa.run,
     ),
     Pass(
+        "lower_attention_to_cuda_gqa",
+        "LongContextAttention becomes GroupQueryAttention, which rotates and norms heads itself on CUDA",
+        partial(lower_attention_to_gqa.run, provider=CUDA),
+    ),
+    Pass(
         "lower_attention_to_tensor_scatter",
         "LongContextAttention writes its caches in place with TensorScatter and reads them whole, under a mask",
         lower_attention_to_tensor_scatter.run,
@@ -76,6 +87,16 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         lower_moe_to_qmoe.run,
     ),
     Pass(
+        "lower_moe_to_cuda_qmoe",
+        "MoE becomes QMoE (INT4 experts) or MoE (unquantized ones) as the CUDA provider takes them",
+        partial(lower_moe_to_qmoe.run, provider=CUDA),
+    ),
+    Pass(
+        "lower_moe_to_expert_products",
+        "MoE becomes a product for each expert with the tokens that chose it",
+        lower_moe_to_expert_products.run,
+    ),
+    Pass(
         "lower_matmul_to_nbits",
         "MatMul with an INT4 matrix becomes ONNX Runtime's MatMulNBits",
         lower_matmul_to_nbits.run,
@@ -89,6 +110,16 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         "move_activation_scales",
         "FP8 activations are rounded with scale 1, and the product is multiplied by the tokens' scales",
         move_activation_scales.run,
+    ),
+    Pass(
+        "lower_matmul_to_fp8_weights",
+        "MatMul with an FP8 matrix becomes ONNX Runtime's MatMulBlockQuantizedFp8Weight, which only CUDA has",
+        lower_matmul_to_fp8_weights.run,
+    ),
+    Pass(
+        "widen_dequantization",
+        "DequantizeLinear to bfloat16, which ONNX Runtime does not have, goes through float32",
+        widen_dequantization.run,
     ),
     Pass(
         "expand_rotary_embedding",

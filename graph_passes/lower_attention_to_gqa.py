@@ -1,22 +1,33 @@
 """Lower attention to GroupQueryAttention: ONNX Runtime's kernel where it applies, the definition elsewhere.
 
-The kernel (com.microsoft, CPU) takes several new tokens on top of a past for one sequence only, and in a static cache
-it writes one contiguous run of slots. So each call becomes an ``If``: the kernel in the usual cases, and the plain
+The kernel (com.microsoft) takes several new tokens on top of a past for one sequence only, and in a static cache it
+writes one contiguous run of slots. So each call becomes an ``If``: the kernel in the usual cases, and the plain
 definition for a batch that continues with several tokens at once, and in a static cache for padding that is not at the
 end and for calls that cross a chunk boundary. A plain causal kernel on lengths ``p mod C`` is chunked attention
 (DESIGN section 4).
+
+What else a kernel can do differs between providers (``providers``). Where it has no fast way to add a mask, it is taken
+only where plain causal attention is right. Where it prepares heads itself, it is given the projections, the rotary
+tables, and a norm whose weights are ones.
+
+What the kernel is told about a call, and whether it can do it, is computed once for all layers of a kind: they see the
+same tokens, and their caches are of one size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
+from l4convert.frontend.compute import COMPUTE_TYPES, from_float32
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import attention_calls, clean_up, replace_node
+from l4convert.graph_passes.providers import CPU, Provider
 from l4convert.plugins.long_context_attention import definition, kv_cache
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, Heads, Inputs
 from l4convert.quantization.recipe import Recipe
@@ -25,27 +36,75 @@ CONTRIB = "com.microsoft"
 Outputs = tuple[ir.Value, ir.Value, ir.Value]
 
 
-def run(model: ir.Model, recipe: Recipe) -> Outcome:
-    """Replace every call of ``l4convert::LongContextAttention``."""
+class Call(NamedTuple):
+    """One call of the kernel, as the graph around it computes it.
+
+    Attributes:
+        applies: bool [1], whether the kernel can do it.
+        last: int32 [B] or [B,1], the index of each sequence's last slot after the call.
+        total: int32 [], the largest number of slots after the call.
+        held: int64 [B,K], the positions in the slots that are attended to; appended caches only.
+        start: int64 [1], the first of those slots in the past, where that is not the first of all.
+        tables: cos and sin [rows,D/2] in the compute type, where the kernel rotates.
+        masked: The kernel is given a mask.
+    """
+
+    applies: ir.Value
+    last: ir.Value
+    total: ir.Value
+    held: ir.Value | None = None
+    start: ir.Value | None = None
+    tables: tuple[ir.Value, ...] = ()
+    masked: bool = False
+
+
+def run(model: ir.Model, recipe: Recipe, provider: Provider = CPU) -> Outcome:
+    """Replace every call of ``l4convert::LongContextAttention`` that the provider's kernel can do."""
     outcome = Outcome()
+    calls: dict[AttentionSpec, Call] = {}
     for node, spec, inputs in attention_calls(model.graph):
+        if reason := provider.refuses_attention(spec):
+            outcome.skip(node.name, reason)
+            continue
         b = Builder(node.name or "attention")
-        replacement = _choose(b, spec, inputs)
+        if spec not in calls:
+            calls[spec] = _call(b, spec, inputs, provider)
+        replacement = _choose(b, spec, inputs, calls[spec], provider)
         replace_node(model.graph, node, b, replacement, CONTRIB)
         outcome.fired += 1
     clean_up(model)
     return outcome
 
 
-def _choose(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ...]:
-    applies = static_applies(b, spec, inputs) if spec.kv_cache == "static" else appended_applies(b, inputs)
+def _call(b: Builder, spec: AttentionSpec, inputs: Inputs, provider: Provider) -> Call:
+    if spec.kv_cache == "static":
+        call = static_call(b, spec, inputs)
+    else:
+        call = appended_call(b, spec, inputs, provider.fast_bias or spec.kv_cache == "windowed")
+    if spec.rope and _prepares(provider, spec, call):
+        tables = (from_float32(b, x, spec.compute) for x in (inputs.cos, inputs.sin) if x is not None)
+        call = call._replace(tables=tuple(tables))
+    last, total = (b.op("Cast", x, to=int(ir.DataType.INT32)) for x in (call.last, b.op("Squeeze", call.total)))
+    return call._replace(last=last, total=total)
+
+
+def _prepares(provider: Provider, spec: AttentionSpec, call: Call) -> bool:
+    """Whether the kernel rotates and norms. It rotates by slots, which are positions only where no mask is needed."""
+    return provider.prepares(spec) and not call.masked
+
+
+def _choose(b: Builder, spec: AttentionSpec, inputs: Inputs, call: Call, provider: Provider) -> tuple[ir.Value, ...]:
     kernel, plain = Builder(f"{b.prefix}/kernel"), Builder(f"{b.prefix}/plain")
+    prepares = _prepares(provider, spec, call)
+    # All but the temperature is left to a kernel that prepares heads.
+    outside = dataclasses.replace(spec, rope=False, qk_norm_eps=0.0) if prepares else spec
+    heads = definition.prepare_heads(kernel, outside, inputs)
     lowered = static_kernel if spec.kv_cache == "static" else appended_kernel
     return b.node(
         "If",
-        [applies],
+        [call.applies],
         outputs=3,
-        then_branch=_branch(kernel, "kernel", lowered(kernel, spec, inputs)),
+        then_branch=_branch(kernel, "kernel", lowered(kernel, spec, inputs, heads, call, prepares)),
         else_branch=_branch(plain, "plain", definition.build(plain, spec, inputs)),
     )
 
@@ -54,45 +113,67 @@ def _branch(b: Builder, name: str, outputs: Sequence[ir.Value]) -> ir.Graph:
     return ir.Graph([], outputs, nodes=b.nodes, name=name)
 
 
-def appended_applies(b: Builder, inputs: Inputs) -> ir.Value:
-    """Growing and windowed: one sequence, or one new token each, or no past."""
+def appended_call(b: Builder, spec: AttentionSpec, inputs: Inputs, masked: bool) -> Call:
+    """Growing and windowed: one sequence, or one new token each, or no past.
+
+    Args:
+        masked: The kernel is given a mask. Otherwise the slots it attends to must hold one token after the other, from
+            the sequence's first on, or from its chunk's: what is visible is then what is causal. Padding may end a row.
+    """
+    start, held = None, inputs.positions
+    if spec.chunk_size and spec.kv_cache == "growing":
+        new_tokens = b.op("Neg", b.dim(inputs.query, 1))
+        start = kv_cache.window_start(b, spec.chunk_size, held, b.slice(inputs.positions, new_tokens, None, axis=1))
+        held = b.slice(held, start, None, axis=1)
+    elif spec.chunk_size:
+        slots = b.op("Add", b.dim(inputs.past_key, 2), b.dim(inputs.query, 1))
+        held = b.slice(held, b.op("Neg", slots), None, axis=1)
+    total = b.dim(held, 1)
     one_sequence = b.op("Equal", b.dim(inputs.query, 0), b.constant([1]))
     one_token = b.op("Equal", b.dim(inputs.query, 1), b.constant([1]))
     no_past = b.op("Equal", b.dim(inputs.past_key, 2), b.constant([0]))
-    return b.op("Or", b.op("Or", one_sequence, one_token), no_past)
+    applies = b.op("Or", b.op("Or", one_sequence, one_token), no_past)
+    if not masked:
+        slot = b.op("Range", b.constant(0), b.op("Squeeze", total), b.constant(1))
+        place = b.op("Mod", held, b.constant(spec.chunk_size)) if spec.chunk_size else held
+        in_order = b.op("Or", b.op("Equal", place, slot), b.op("Less", held, b.constant(0)))
+        applies = b.op("And", applies, _all(b, in_order))
+    last = b.op("Expand", b.op("Sub", total, b.constant([1])), b.dim(inputs.query, 0))
+    return Call(applies, last, total, held, start, masked=masked)
 
 
-def appended_kernel(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Outputs:
-    """The kernel on a past that ends where the new tokens begin; what a token may see is an additive mask."""
-    heads = definition.prepare_heads(b, spec, inputs)
-    past_key, past_value, held = inputs.past_key, inputs.past_value, inputs.positions
-    if spec.chunk_size and spec.kv_cache == "growing":
-        start = kv_cache.window_start(b, spec.chunk_size, held, heads.positions)
-        past_key, past_value = (b.slice(x, start, None, axis=2) for x in (past_key, past_value))
-        held = b.slice(held, start, None, axis=1)
-    elif spec.chunk_size:
-        slots = b.op("Add", b.dim(past_key, 2), b.dim(inputs.query, 1))
-        held = b.slice(held, b.op("Neg", slots), None, axis=1)
-    total = b.dim(held, 1)
-    lengths = b.op("Expand", b.op("Sub", total, b.constant([1])), b.dim(inputs.query, 0))
-    visible = definition.visibility(b, spec, heads.positions, held)
-    bias = b.op("Where", visible, b.constant(0.0, np.float32), b.constant(np.finfo(np.float32).min, np.float32))
-    bias = b.op("Unsqueeze", bias, b.constant([1]))
-    merged, key, value = group_query_attention(b, spec, heads, past_key, past_value, lengths, total, bias)
-    if spec.chunk_size and spec.kv_cache == "growing":
-        new = (b.op("Transpose", x, perm=[0, 2, 1, 3]) for x in (heads.key, heads.value))
+def appended_kernel(
+    b: Builder, spec: AttentionSpec, inputs: Inputs, heads: Heads, call: Call, prepares: bool
+) -> Outputs:
+    """The kernel on a past that ends where the new tokens begin; what a token may see can be an additive mask."""
+    assert call.held is not None  # an appended cache has it
+    past_key, past_value = inputs.past_key, inputs.past_value
+    if call.start is not None:
+        past_key, past_value = (b.slice(x, call.start, None, axis=2) for x in (past_key, past_value))
+    bias = _bias(b, spec, heads.positions, call.held) if call.masked else None
+    merged, key, value = group_query_attention(b, spec, heads, past_key, past_value, call, bias, prepares)
+    if call.start is not None:
+        # The kernel gives the keys of the window; the cache keeps them all, and its last ones are the kernel's last.
+        new = b.op("Neg", b.dim(inputs.query, 1))
         key, value = (
-            b.op("Concat", p, n, axis=2) for p, n in zip((inputs.past_key, inputs.past_value), new, strict=True)
+            b.op("Concat", past, b.slice(present, new, None, axis=2), axis=2)
+            for past, present in ((inputs.past_key, key), (inputs.past_value, value))
         )
     elif spec.chunk_size:
-        keep = kv_cache.next_chunk_start(b, spec.chunk_size, held)
+        keep = kv_cache.next_chunk_start(b, spec.chunk_size, call.held)
         key, value = (b.slice(x, keep, None, axis=2) for x in (key, value))
     return merged, key, value
 
 
-def static_applies(b: Builder, spec: AttentionSpec, inputs: Inputs) -> ir.Value:
-    """Static: as above, and every sequence's new tokens fill slots in a row, inside one chunk and inside the buffer."""
-    new, past_tokens, length, offset = _static_lengths(b, spec, inputs)
+def static_call(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Call:
+    """Static: as above, and every sequence's new tokens fill slots in a row, inside one chunk and inside the buffer.
+
+    Lengths are positions, in a chunked layer positions mod C.
+    """
+    new = b.dim(inputs.query, 1)
+    past_tokens = b.op("Sub", b.dim(inputs.positions, 1), new)
+    length = kv_cache.past_length(b, inputs.positions, past_tokens)
+    offset = b.op("Mod", length, b.constant(spec.chunk_size)) if spec.chunk_size else length
     end = b.op("Add", offset, new)
     room = b.dim(inputs.past_key, 2)
     if spec.chunk_size:
@@ -104,27 +185,24 @@ def static_applies(b: Builder, spec: AttentionSpec, inputs: Inputs) -> ir.Value:
     contiguous = _all(b, b.op("Or", in_order, b.op("Less", positions, b.constant(0))))
     one_sequence = b.op("Equal", b.dim(inputs.query, 0), b.constant([1]))
     one_token = b.op("Equal", new, b.constant([1]))
-    no_past = b.op("Equal", b.op("ReduceMax", offset, keepdims=0), b.constant(0))
-    shape_allows = b.op("Or", b.op("Or", one_sequence, one_token), no_past)
-    return b.op("And", b.op("And", fits, contiguous), shape_allows)
+    longest = b.op("ReduceMax", offset, keepdims=0)
+    shape_allows = b.op("Or", b.op("Or", one_sequence, one_token), b.op("Equal", longest, b.constant(0)))
+    applies = b.op("And", b.op("And", fits, contiguous), shape_allows)
+    last = b.op("Sub", b.op("Squeeze", end, b.constant([1])), b.constant(1))
+    return Call(applies, last, b.op("Add", longest, new))
 
 
-def static_kernel(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Outputs:
-    """The kernel on buffers it writes in place: lengths are positions, in a chunked layer positions mod C."""
-    heads = definition.prepare_heads(b, spec, inputs)
-    new, _, _, offset = _static_lengths(b, spec, inputs)
-    total = b.op("Add", b.op("ReduceMax", offset, keepdims=0), new)
-    last = b.op("Sub", b.op("Add", b.op("Squeeze", offset, b.constant([1])), new), b.constant(1))
-    return group_query_attention(b, spec, heads, inputs.past_key, inputs.past_value, last, total, None)
+def static_kernel(b: Builder, spec: AttentionSpec, inputs: Inputs, heads: Heads, call: Call, prepares: bool) -> Outputs:
+    """The kernel on buffers it writes in place."""
+    return group_query_attention(b, spec, heads, inputs.past_key, inputs.past_value, call, None, prepares)
 
 
-def _static_lengths(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-    """New tokens [1], mask slots before them [1], real tokens in the cache [B,1], and the slot they end at [B,1]."""
-    new = b.dim(inputs.query, 1)
-    past_tokens = b.op("Sub", b.dim(inputs.positions, 1), new)
-    length = kv_cache.past_length(b, inputs.positions, past_tokens)
-    offset = b.op("Mod", length, b.constant(spec.chunk_size)) if spec.chunk_size else length
-    return new, past_tokens, length, offset
+def _bias(b: Builder, spec: AttentionSpec, query_positions: ir.Value, held: ir.Value) -> ir.Value:
+    """What is added to the scores, [B,1,S,K]: 0 or the lowest number."""
+    dtype = COMPUTE_TYPES[spec.compute]
+    visible = definition.visibility(b, spec, query_positions, held)
+    lowest = b.constant(dtype.min, dtype.numpy())
+    return b.op("Unsqueeze", b.op("Where", visible, b.constant(0, dtype.numpy()), lowest), b.constant([1]))
 
 
 def _all(b: Builder, condition: ir.Value) -> ir.Value:
@@ -139,27 +217,45 @@ def group_query_attention(
     heads: Heads,
     past_key: ir.Value,
     past_value: ir.Value,
-    last: ir.Value,
-    total: ir.Value,
+    call: Call,
     bias: ir.Value | None,
+    prepares: bool,
 ) -> Outputs:
     """Append the contrib op.
 
     Args:
-        last: int64 [B], the index of each sequence's last slot after the call.
-        total: int64 [1], the largest number of slots after the call.
-        bias: float32 [B,1,S,total] added to the scores, or None for plain causal attention.
+        bias: [B,1,S,total] added to the scores, or None for plain causal attention.
+        prepares: The op itself rotates and norms query and key.
     """
     flat = [b.reshape(x, [0, 0, -1]) for x in (heads.query, heads.key, heads.value)]
-    last, total = (b.op("Cast", x, to=int(ir.DataType.INT32)) for x in (last, b.op("Squeeze", total)))
-    optional = [None, None, None, bias] if bias is not None else []  # cos, sin, position ids, bias
+    optional: dict[str, ir.Value | None] = dict.fromkeys(_OPTIONAL)
+    attributes: dict[str, Any] = {}
+    optional["attention_bias"] = bias
+    if prepares and spec.rope:
+        optional["cos_cache"], optional["sin_cache"] = call.tables
+        attributes |= {"do_rotary": 1, "rotary_interleaved": 1}
+    if prepares and spec.qk_norm_eps:
+        ones = b.constant(np.ones(spec.head_dim), COMPUTE_TYPES[spec.compute].numpy())
+        optional["q_norm_weight"] = optional["k_norm_weight"] = ones
+        attributes["qk_norm_epsilon"] = spec.qk_norm_eps
+    inputs = [*flat, past_key, past_value, call.last, call.total, *optional.values()]
+    while inputs[-1] is None:
+        inputs.pop()
     outputs = b.node(
         "GroupQueryAttention",
-        [*flat, past_key, past_value, last, total, *optional],
+        inputs,
         outputs=3,
         domain=CONTRIB,
         num_heads=spec.num_heads,
         kv_num_heads=spec.kv_num_heads,
         scale=spec.scale,
+        **attributes,
     )
     return outputs[0], outputs[1], outputs[2]
+
+
+# Inputs 7 and up of the op's schema, in order.
+_OPTIONAL = (
+    *("cos_cache", "sin_cache", "position_ids", "attention_bias", "head_sink", "k_scale", "v_scale"),
+    *("q_norm_weight", "k_norm_weight"),
+)

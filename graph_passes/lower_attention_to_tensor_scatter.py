@@ -19,6 +19,8 @@ from l4convert.quantization.recipe import Recipe
 # Up to so many slots TensorRT-RTX 1.7 has a kernel for one new token that reads the caches where they are. For larger
 # ones it would copy keys and values for every query head; folded, it copies them once (docs/adr/0014).
 SMALL_CACHE = 16384
+# Widths of heads that its kernels take. Others are computed by several kernels, and folded ones not always build.
+FUSED_WIDTHS = (64, 128)
 # The first opset with TensorScatter (onnx/onnx docs/Changelog.md).
 OPSET = 24
 
@@ -54,7 +56,9 @@ def build(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ir
     )
     capacity = b.dim(inputs.past_key, 2)
     mask = visible_slots(b, start, new, capacity)
-    attend = _folded if spec.num_heads > spec.kv_num_heads and not 0 < spec.chunk_size <= SMALL_CACHE else _direct
+    small = 0 < spec.chunk_size <= SMALL_CACHE
+    fold = spec.num_heads > spec.kv_num_heads and spec.head_dim in FUSED_WIDTHS and not small
+    attend = _folded if fold else _direct
     return attend(b, spec, heads.query, key, value, mask, capacity), key, value
 
 

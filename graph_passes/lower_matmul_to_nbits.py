@@ -15,14 +15,17 @@ CONTRIB = "com.microsoft"
 
 
 def run(model: ir.Model, recipe: Recipe) -> Outcome:
-    """Replace every ``MatMul`` whose second operand is a stored INT4 matrix; activations stay float32."""
+    """Replace every ``MatMul`` whose second operand is a stored INT4 matrix, those in bodies of loops included."""
     outcome = Outcome()
-    for node in [n for n in model.graph if n.op_type == "MatMul" and n.domain == ""]:
+    for node in [n for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.op_type == "MatMul" and not n.domain]:
         weight = quantized_weight(node.inputs[1])
-        if weight is None:
+        if weight is None or node.graph is None:
             continue
         if weight.values.dtype != ir.DataType.INT4 or len(weight.values.dims) != 2:
             outcome.skip(node.name, f"no 4-bit kernel for {weight.values.dtype} of {len(weight.values.dims)} axes")
+            continue
+        if not weight.block_size:
+            outcome.skip(node.name, "no 4-bit kernel for one scale a column")
             continue
         depth, width = weight.values.dims
         packed = layouts.matmul_nbits(transposed(weight.values), weight.block_size)
@@ -40,7 +43,8 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
             bits=4,
             block_size=weight.block_size,
         )
-        replace_node(model.graph, node, b, output, CONTRIB)
+        replace_node(node.graph, node, b, output)
+        model.graph.opset_imports.setdefault(CONTRIB, 1)
         outcome.fired += 1
     clean_up(model)
     return outcome

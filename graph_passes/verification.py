@@ -18,6 +18,7 @@ from l4convert.graph_passes.base import Pass, PassReport
 from l4convert.progress import Progress
 from l4convert.quantization.recipe import Recipe
 from l4convert.runtime.caches import as_float32, ort_value
+from l4convert.runtime.cuda_kernels import has_cuda_kernels
 from l4convert.runtime.session import load_model
 
 #: Largest |difference| of any output that an exact pass may make, relative to the largest |value| of that output.
@@ -101,7 +102,8 @@ def _run(model: ir.Model, probes: Probes) -> Arrays:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="weights.bin")
         # What is compared is the graph as written, not what the runtime's optimizer would make of it.
-        session = load_model(path, optimized=False, cpu_form=probes.compute == "bfloat16", fuse_quantized=False)
+        rewrite = probes.compute == "bfloat16" or has_cuda_kernels(model)
+        session = load_model(path, optimized=False, cpu_form=rewrite, fuse_quantized=False)
         names = [output.name for output in session.get_outputs()]
         results: Arrays = {}
         for probe, feeds in probe_feeds(probes):

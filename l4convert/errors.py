@@ -39,6 +39,10 @@ class ClusterError(InputError):
     """Machines that were to help cannot be reached, are lost, or cannot see the same files."""
 
 
+class DeviceError(InputError):
+    """A GPU or its library refused what it was given: an engine of another version, too much memory, a fault."""
+
+
 class CheckFailed(L4Error):
     """A parity or integrity check that ran and did not hold."""
 
@@ -54,8 +58,11 @@ class BackendMissing(L4Error):
 # Import name -> what to install, by names that any package index has. These are optional, so a missing one is the
 # user's to solve, not a defect.
 INSTALL = {
+    "cuda": "pip install cuda-bindings",
     "onnxruntime": "pip install onnxruntime-gpu",
     "ray": "pip install 'ray[client]'",
+    "tensorrt": "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
+    "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
     "torch": "pip install torch transformers",
     "transformers": "pip install torch transformers",
 }

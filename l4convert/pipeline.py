@@ -202,7 +202,7 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         conversion.model,
         options.output,
         sidecars=checkpoint.sidecars,
-        extra_files=client_files(checkpoint.config, conversion.kv_cache, checkpoint.sidecars),
+        extra_files=client_files(checkpoint.config, conversion.kv_cache, checkpoint.sidecars, conversion.target.name),
         manifest=_manifest(conversion, options, progress),
         overwrite=options.overwrite,
         share_weights=options.share_weights,
@@ -276,7 +276,7 @@ def _planned_files(conversion: _Conversion) -> dict[str, int]:
         MODEL_FILE: len(serialize_model(conversion.model, conversion.plan)),
     }
     files |= {path.name: path.stat().st_size for path in checkpoint.sidecars}
-    written = client_files(checkpoint.config, conversion.kv_cache, checkpoint.sidecars)
+    written = client_files(checkpoint.config, conversion.kv_cache, checkpoint.sidecars, conversion.target.name)
     return files | {name: len(text.encode()) for name, text in written.items()}
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from l4convert.frontend.compute import ComputeType
 from l4convert.graph_passes import PASSES, Pass
-from l4convert.targets import cpu, portable, tensorrt, tensorrt_rtx
+from l4convert.targets import cpu, cuda, portable, tensorrt, tensorrt_rtx
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("cpu", cpu.SUMMARY, _passes(cpu.LOWERING)),
+        Target("cuda", cuda.SUMMARY, _passes(cuda.LOWERING), cuda.KV_CACHES, _ON_GPU),
         Target("portable", portable.SUMMARY, _passes(portable.LOWERING)),
         Target("tensorrt", tensorrt.SUMMARY, _passes(tensorrt.LOWERING), ("static",), _ON_GPU, "in_place"),
         Target("tensorrt-rtx", tensorrt_rtx.SUMMARY, _passes(tensorrt_rtx.LOWERING), ("static",), _ON_GPU, "in_place"),

@@ -1,4 +1,4 @@
-"""Convert the bundled nano Scout to INT4 and FP8, validate both, generate text, print the parity table.
+"""Convert the bundled nano Scout to INT4 and FP8, validate, generate text, build engines for GPUs, print the tables.
 
 Every step is a command of the command line, printed before it runs; nothing here uses the library directly.
 """
@@ -23,6 +23,13 @@ ARTIFACTS = {
     "int4-cpu": ["--recipe", "int4", "--target", "cpu"],
     "int4-static": ["--recipe", "int4", "--target", "cpu", "--kv-cache", "static"],
     "fp8-portable": ["--recipe", "fp8", "--target", "portable"],
+    "int4-rtx": ["--recipe", "int4", "--target", "tensorrt-rtx"],
+    "fp8-rtx": ["--recipe", "fp8", "--target", "tensorrt-rtx"],
+}
+#: Artifact -> hardware profiles to build engines for, without any of these GPUs: SM 8.0 (which has no FP8), 8.9, 12.0.
+ENGINES = {
+    "int4-rtx": ["a100-80g", "rtx-4090", "rtx-5090"],
+    "fp8-rtx": ["rtx-4090", "rtx-5090"],
 }
 PROMPT = "def __init__(self, "
 
@@ -42,10 +49,15 @@ def main() -> int:
         l4convert(
             "generate", artifact, "--prompt", PROMPT, "--max-new-tokens", "100", "--temperature", "0.7", "--seed", "7"
         )
+        engines = [row for name, gpus in ENGINES.items() for row in build(output / name, gpus, rows)]
     except subprocess.CalledProcessError as error:
         return error.returncode
     print(f"\nParity with transformers (eager, float32) on {options.tokens} held-out tokens, every split of them\n")
     print(table(rows))
+    print(
+        "\nEngines built on this machine, each for the GPU named; parity is that of the ONNX that the builder was given\n"
+    )
+    print(table(engines))
     return 0
 
 
@@ -71,6 +83,30 @@ def convert_and_validate(artifact: Path, flags: list[str], tokens: int) -> dict[
         "reference": f"{whole['ppl_reference']:.3f}",
         "parity": "pass" if report["passed"] else "FAIL",
     }
+
+
+def build(artifact: Path, gpus: list[str], parity: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Make engines of an artifact and check their digests; returns a row of the table for each."""
+    out = shown(artifact)
+    targets = [word for gpu in gpus for word in ("--target", gpu)]
+    l4convert("build", out, *targets, "--max-context", "2048", "--overwrite", "--quiet")
+    l4convert("verify", out)
+    engines = json.loads((artifact / "l4convert.json").read_text())["engines"]
+    (own,) = (row for row in parity if row["artifact"] == artifact.name)
+    return [
+        {
+            "artifact": artifact.name,
+            "GPU": engine["hardware"],
+            "SM": engine["compute_capability"],
+            "plan": f"{engine['bytes'] / 1e6:.2f} MB",
+            "weights in it": f"{engine['weights_bytes'] / 1e6:.2f} MB",
+            "scratch": f"{max(engine['scratch_bytes']) / 1e6:.0f} MB",
+            "mean KL": own["mean KL"],
+            "top-1": own["top-1"],
+            "parity": own["parity"],
+        }
+        for engine in engines
+    ]
 
 
 def l4convert(*arguments: str) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "l4convert.cli.plan",
     "convert": "l4convert.cli.convert",
     "validate": "l4convert.cli.validate",
+    "build": "l4convert.cli.build",
     "generate": "l4convert.cli.generate",
     "verify": "l4convert.cli.verify",
     "targets": "l4convert.cli.targets",

@@ -20,3 +20,12 @@ def target_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) 
 
     fitting = {name: target for name, target in TARGETS.items() if name.startswith(incomplete)}
     return [CompletionItem(name, help=target.summary) for name, target in fitting.items()]
+
+
+def hardware_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the bundled hardware profiles, and files where none fits."""
+    from l4convert.targets import hardware
+
+    fitting = [name for name in hardware.hardware_names() if name.startswith(incomplete)]
+    found = [CompletionItem(name, help=hardware.load_hardware(name).summary) for name in fitting]
+    return found or [CompletionItem(incomplete, type="file")]

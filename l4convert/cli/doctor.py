@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from l4convert import __version__
+from l4convert.cli._doctor_gpu import gpu_lines, gpu_report
 from l4convert.cli._render import fields, size, table
 from l4convert.cli._settings import global_options, settings_of
 from l4convert.errors import INSTALL, BackendMissing
@@ -35,6 +36,10 @@ EXTRAS = {
     "gpu": {"purpose": "run artifacts (validate, generate)", "packages": ("onnxruntime-gpu",)},
     "cpu": {"purpose": "the same, where onnxruntime-gpu has no wheel", "packages": ("onnxruntime",)},
     "reference": {"purpose": "the model that validate compares with", "packages": ("torch", "transformers")},
+    "tensorrt-rtx": {
+        "purpose": "build TensorRT-RTX engines, with no GPU, and run them",
+        "packages": ("cuda-bindings", "tensorrt-rtx-cu13"),
+    },
     "cluster": {"purpose": "convert on many machines (convert --cluster)", "packages": ("ray[client]",)},
 }
 # Each of these installs the import package `onnxruntime`; two of them overwrite each other's files.
@@ -77,11 +82,12 @@ class Extra:
 @global_options
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Report on this machine: Python, memory, disk, packages, and what is missing."""
+    """Report on this machine: Python, memory, disk, GPUs, packages, and what is missing."""
     core = [_core_package(name, module) for name, module in CORE.items()]
     extras = [_extra(name) for name in EXTRAS]
     runtime = _runtime()
     system = _system()
+    gpu = gpu_report()
     problems = [f"{p.name}: {p.problem}" for p in core if p.problem] + runtime["problems"]
     broken = [p.name for p in core if p.problem]
     payload = {
@@ -90,9 +96,10 @@ def command(ctx: click.Context) -> None:
         "core": [asdict(package) for package in core],
         "extras": [asdict(extra) for extra in extras],
         "onnxruntime": {key: runtime[key] for key in ("installed", "providers")},
+        "gpu": gpu,
         "problems": problems,
     }
-    settings_of(ctx).emit("doctor", payload, _text(system, core, extras, runtime, problems))
+    settings_of(ctx).emit("doctor", payload, _text(system, core, extras, runtime, gpu, problems))
     if broken:
         raise BackendMissing(f"{', '.join(broken)} cannot be used: pip install --force-reinstall {' '.join(broken)}")
     if runtime["broken"]:
@@ -185,7 +192,12 @@ def _compiled_kernels() -> bool:
 
 
 def _text(
-    system: dict[str, Any], core: list[Package], extras: list[Extra], runtime: dict[str, Any], problems: list[str]
+    system: dict[str, Any],
+    core: list[Package],
+    extras: list[Extra],
+    runtime: dict[str, Any],
+    gpu: dict[str, Any],
+    problems: list[str],
 ) -> str:
     memory = "unknown" if system["memory_bytes"] is None else size(system["memory_bytes"])
     if system["memory_available_bytes"] is not None:
@@ -201,6 +213,7 @@ def _text(
                 ("free disk", f"{size(system['disk_free_bytes'])} in {system['folder']}"),
                 ("ONNX Runtime", _runtime_text(runtime)),
                 ("quantization", COMPILED if system["compiled_kernels"] else IN_NUMPY),
+                *gpu_lines(gpu),
             ]
         ),
         table(["core package", "version"], [(p.name, p.version or "absent") for p in core]),

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from l4convert.cli._running import remarks, running_options
 from l4convert.cli._settings import Settings, global_options, settings_of
 
 if TYPE_CHECKING:
-    from l4convert.runtime import SamplingOptions
+    from l4convert.runtime import RunWith, SamplingOptions
+    from l4convert.runtime.providers import Provider
 
 EPILOG = """\b
 Examples:
   l4convert generate scout-int4 --prompt "def main():"
   l4convert generate scout-int4 --prompt "Once" --temperature 0.8 --top-p 0.95 --seed 1
+  l4convert generate scout-rtx --engine rtx-5090 --prompt "Once"
   cat notes.txt | l4convert generate scout-int4 --prompt - --max-new-tokens 300
 
 \b
@@ -35,21 +38,35 @@ The prompt is given to the model as it is, without a chat template; special toke
 @click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P",
               help="Choose among the fewest tokens whose probabilities add up to P.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
+@running_options
 @global_options
 @click.pass_context
 def command(
-    ctx: click.Context, artifact: Path, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int
+    ctx: click.Context,
+    artifact: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    engine: str | None,
+    provider: Provider | None,
 ) -> None:
-    """Continue a text with the artifact in folder OUT, on the CPU, printing as the tokens come."""
-    from l4convert.runtime import SamplingOptions
+    """Continue a text with the artifact in folder OUT, printing as the tokens come.
+
+    ONNX Runtime runs it on the CPU, unless an engine or a provider is named.
+    """
+    from l4convert.runtime import RunWith, SamplingOptions
 
     options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
     text = sys.stdin.read() if prompt == "-" else prompt
-    _generate(artifact, text, max_new_tokens, options, settings_of(ctx))
+    _generate(artifact, text, max_new_tokens, options, RunWith(engine, provider), settings_of(ctx))
 
 
-def _generate(artifact: Path, prompt: str, max_new_tokens: int, options: SamplingOptions, settings: Settings) -> None:
-    from l4convert.runtime import OrtSession, Sampler, TextTokenizer, eos_token_ids, generate, read_artifact
+def _generate(
+    artifact: Path, prompt: str, max_new_tokens: int, options: SamplingOptions, run_with: RunWith, settings: Settings
+) -> None:
+    from l4convert.runtime import Sampler, TextTokenizer, eos_token_ids, generate, read_artifact
 
     tokenizer = TextTokenizer.open(artifact)
     ids = tokenizer.encode(prompt)
@@ -58,7 +75,7 @@ def _generate(artifact: Path, prompt: str, max_new_tokens: int, options: Samplin
     # Buffers that are allocated in advance get exactly the size this text needs.
     room = min(len(ids) + max_new_tokens, info.config.max_position_embeddings) if info.kv_cache == "static" else None
     with settings.progress().task("Loading the model", unit="artifacts"):
-        runner = OrtSession.open(artifact, max_length=room)
+        runner = run_with.open(artifact, max_length=room)
     eos_ids = eos_token_ids(artifact)
     begun = time.perf_counter()
     tokens: list[int] = []
@@ -82,9 +99,13 @@ def _generate(artifact: Path, prompt: str, max_new_tokens: int, options: Samplin
         "top_p": options.top_p,
         "seed": options.seed,
         "seconds": round(seconds, 3),
+        "runner": runner.name,
+        "remarks": list(remarks(runner)),
     }
     settings.emit("generate", payload, "")
     settings.note(f"{len(ids)} + {len(tokens)} tokens in {seconds:.1f} s, stopped by {ended}")
+    for line in remarks(runner):
+        settings.note(line)
 
 
 def _show(piece: str, pieces: list[str], settings: Settings) -> None:

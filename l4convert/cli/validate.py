@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from l4convert.cli._running import running_options
 from l4convert.cli._settings import global_options, settings_of
 from l4convert.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
     from l4convert.parity.outcome import ParityReport
+    from l4convert.runtime.providers import Provider
 
 # The widest row of the table of results; a narrower terminal wraps it rather than losing numbers.
 _TABLE_WIDTH = 250
@@ -21,6 +23,7 @@ EPILOG = """\b
 Examples:
   l4convert validate scout-int4 --reference Llama-4-Scout --text sample.txt
   l4convert validate scout-int4 --reference Llama-4-Scout --text sample.txt --policy strict.toml --junit parity.xml
+  l4convert validate scout-rtx --engine rtx-5090 --reference Llama-4-Scout --text sample.txt
   l4convert validate scout-int4 --reference Llama-4-Scout --json > parity.json
 
 \b
@@ -44,6 +47,7 @@ Exit code 0 when every threshold of the policy holds; 4 when one does not, or no
               help="Thresholds, as TOML.  [default: those of the recipe]")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JUnit XML.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as an HTML page.")
+@running_options
 @global_options
 @click.pass_context
 def command(
@@ -56,6 +60,8 @@ def command(
     policy: Path | None,
     junit: Path | None,
     html: Path | None,
+    engine: str | None,
+    provider: Provider | None,
 ) -> None:
     """Compare the artifact in folder OUT with the reference model, and hold it to a policy.
 
@@ -65,7 +71,7 @@ def command(
     from l4convert.parity.policy import load_policy
     from l4convert.parity.report import headline, write_html, write_junit
     from l4convert.parity.validate import validate
-    from l4convert.runtime import read_artifact
+    from l4convert.runtime import RunWith, read_artifact
 
     settings = settings_of(ctx)
     info = read_artifact(artifact)
@@ -78,6 +84,7 @@ def command(
         progress=settings.progress(),
         tokens=tokens,
         window=window,
+        run_with=RunWith(engine, provider),
     )
     settings.emit("validate", report.to_json(), _table(report), summary=report.passed)
     if junit is not None:

@@ -33,6 +33,18 @@ def external_refs(path: Path) -> Iterator[ExternalRef]:
     Raises:
         InputError: The file is not an ONNX model.
     """
+    model = read_model(path)
+    yield from _of_graph(model.graph)
+    for function in model.functions:
+        yield from _of_nodes(function.node)
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """A model as its file states it; no tensor outside of the file is opened.
+
+    Raises:
+        InputError: The file is not an ONNX model.
+    """
     if path.stat().st_size > MAX_MODEL_BYTES:
         raise InputError(f"{path.name}: is larger than an ONNX file can be")
     model = onnx.ModelProto()
@@ -40,9 +52,7 @@ def external_refs(path: Path) -> Iterator[ExternalRef]:
         model.ParseFromString(path.read_bytes())
     except DecodeError:
         raise InputError(f"{path.name}: is not an ONNX model") from None
-    yield from _of_graph(model.graph)
-    for function in model.functions:
-        yield from _of_nodes(function.node)
+    return model
 
 
 def _of_graph(graph: onnx.GraphProto) -> Iterator[ExternalRef]:

@@ -134,13 +134,15 @@ def _source_digest(path: Path) -> dict[str, Any]:
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
-    """One line a field, and one a tensor or file within ``tensors`` and ``files``, so that diffs are readable."""
+    """One line a field, and one a tensor, file or engine within their fields, so that diffs are readable."""
     lines = []
     for key, value in content.items():
         if key in {"tensors", "files"} and isinstance(value, dict) and value:
             lines.append(
                 f"{_json(key)}: {{\n  {_joined((f'{_json(k)}: {_json(v)}' for k, v in value.items()), '  ')}\n }}"
             )
+        elif key == "engines" and isinstance(value, list) and value:
+            lines.append(f"{_json(key)}: [\n  {_joined(map(_json, value), '  ')}\n ]")
         else:
             lines.append(f"{_json(key)}: {_json(value)}")
     return f"{{\n {_joined(lines, ' ')}\n}}\n".encode()

@@ -67,3 +67,29 @@ def resident_bytes() -> int:
         return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """Memory that this process may still take: what the system can free, within the control group's limit.
+
+    None where the system does not say.
+    """
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    rows = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
+    if "MemAvailable" not in rows:
+        return None
+    available = int(rows["MemAvailable"].split()[0]) * 1024
+    room = _control_group_room(Path("/sys/fs/cgroup"))
+    return available if room is None else min(available, room)
+
+
+def _control_group_room(group: Path) -> int | None:
+    """What a container's limit (cgroup v2) leaves; cached file pages do not count, they make room by themselves."""
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        rows = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(int(limit) - int(rows["anon"]), 0) if limit.isdigit() else None
+    except (OSError, ValueError, KeyError):
+        return None

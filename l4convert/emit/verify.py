@@ -18,6 +18,7 @@ import onnx_ir as ir
 from l4convert.checkpoint.safetensors_file import SAFETENSORS_NAMES, Stored, open_safetensors
 from l4convert.checkpoint.text import show
 from l4convert.emit.digest import RegionDigest, file_digest
+from l4convert.emit.engines import ENGINES_FOLDER, check_engines, engine_entries, engine_sizes
 from l4convert.emit.graph_refs import ExternalRef, external_refs
 from l4convert.emit.header import stored_as
 from l4convert.emit.manifest import is_canonical, read_manifest
@@ -29,7 +30,7 @@ from l4convert.progress import NO_PROGRESS, Progress, Task
 
 # Written into an artifact after its conversion, with checks of their own.
 LATER_FILES = {"parity.json"}
-LATER_FOLDERS = {"engines"}
+LATER_FOLDERS = {ENGINES_FOLDER}
 
 _ESSENTIAL = {MODEL_FILE, WEIGHTS_FILE}
 _DTYPES: dict[str, ir.DataType] = {
@@ -80,7 +81,8 @@ def verify_artifact(out: Path, progress: Progress = NO_PROGRESS) -> VerifyReport
         f"{show(name)}: not in the manifest" for name in sorted(present.keys() - files.keys() - {MANIFEST_FILE})
     ]
     problems += [f"{show(name)}: is missing" for name in sorted(files.keys() | _ESSENTIAL) if name not in present]
-    with progress.task("Verifying", total=sum(present.values()), unit="B") as task:
+    nbytes = sum(present.values()) + engine_sizes(out, manifest)
+    with progress.task("Verifying", total=nbytes, unit="B") as task:
         for name in sorted(files.keys() & present.keys() - held.keys()):
             problems += _compare(name, files[name], *_guarded_digest(out / name, task))
         headers: dict[str, list[Stored]] = {}
@@ -89,7 +91,9 @@ def verify_artifact(out: Path, progress: Progress = NO_PROGRESS) -> VerifyReport
             problems += more
         if {MODEL_FILE, WEIGHTS_FILE} <= present.keys():
             problems += _ref_problems(out, headers)
-    return VerifyReport(out, len(files), len(tensors), sum(present.values()), tuple(problems))
+        with reported(f"{out / ENGINES_FOLDER}: cannot be read"):
+            problems += check_engines(out, manifest, task)
+    return VerifyReport(out, len(files) + len(engine_entries(manifest)), len(tensors), nbytes, tuple(problems))
 
 
 def _entries(

@@ -8,26 +8,25 @@ from pathlib import Path
 
 import numpy as np
 
-from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.config import DecoderConfig
-from l4convert.emit import read_manifest, source_digests
 from l4convert.errors import InputError, UsageError
 from l4convert.parity.feeding import feed
 from l4convert.parity.metrics import NO_TARGET, Comparison
+from l4convert.parity.notes import batch_notes, runner_notes, source_notes, text_notes
 from l4convert.parity.outcome import ParityReport, SplitRow, TextUsed
 from l4convert.parity.policy import ELEMENTWISE, Policy, default_policy
 from l4convert.parity.reference import Reference, TransformersReference
 from l4convert.parity.splits import Split, batch_splits, boundaries, one_call, single_row_splits
 from l4convert.progress import NO_PROGRESS, Progress, Task
+from l4convert.runtime.engine_session import EngineSession
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
+from l4convert.runtime.open import ON_CPU, RunWith
 from l4convert.runtime.runner import FloatArray, IntArray, Runner
-from l4convert.runtime.session import OrtSession
 from l4convert.runtime.tokenizer import TextTokenizer
 
 DEFAULT_TOKENS = 3000
 DEFAULT_WINDOW = 1000
 _RANDOM_SEED = 0
-_WEIGHTS = ".safetensors"
 # What decides the function that is computed and does not show in the shapes of the weights.
 _FUNCTION = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok", "rms_norm_eps",
@@ -47,6 +46,7 @@ def validate(
     tokens: int = DEFAULT_TOKENS,
     window: int = DEFAULT_WINDOW,
     threads: int | None = None,
+    run_with: RunWith = ON_CPU,
 ) -> ParityReport:
     """Measure an artifact against transformers on the checkpoint it was made from, and judge it by a policy.
 
@@ -64,6 +64,7 @@ def validate(
         tokens: The most tokens to use, over all windows.
         window: Tokens in a window. Memory is a few times ``window`` * vocabulary * 4 bytes.
         threads: For ONNX Runtime.
+        run_with: What runs the artifact.
 
     Returns:
         A report; look at its ``passed``.
@@ -71,7 +72,7 @@ def validate(
     Raises:
         InputError: The artifact, checkpoint or text cannot be used, or the two models differ in size.
         UsageError: A window or number of tokens that makes no sense.
-        BackendMissing: torch, transformers or onnxruntime is not installed.
+        BackendMissing: torch, transformers or what is to run the artifact is not installed, or there is no GPU.
     """
     info = read_artifact(artifact)
     limit = info.config.max_position_embeddings
@@ -84,11 +85,21 @@ def validate(
     with progress.task("Loading the reference", total=1, unit="models") as task:
         model = TransformersReference(reference)
         task.advance(1)
-    with model, OrtSession.open(artifact, max_length=window, threads=threads) as session:
+    with model, run_with.open(artifact, max_length=window, threads=threads) as session:
         _check_same_model(info.config, model.checkpoint.config, artifact, reference)
-        faults = config_faults(info.config, model.checkpoint.config)
-        report = compare(session, model, windows, info=info, used=used, policy=policy, faults=faults, progress=progress)
-        return replace(report, notes=(*report.notes, *_source_notes(artifact, model.checkpoint)))
+        report = compare(
+            session,
+            model,
+            windows,
+            info=info,
+            used=used,
+            policy=policy,
+            faults=config_faults(info.config, model.checkpoint.config),
+            progress=progress,
+            max_batch=session.max_batch if isinstance(session, EngineSession) else None,
+        )
+        notes = (*report.notes, *source_notes(artifact, model.checkpoint), *runner_notes(session))
+        return replace(report, notes=notes)
 
 
 def prepare_text(
@@ -128,6 +139,7 @@ def compare(
     policy: Policy,
     faults: Sequence[str] = (),
     progress: Progress = NO_PROGRESS,
+    max_batch: int | None = None,
 ) -> ParityReport:
     """Run everything and judge it; see :func:`validate`.
 
@@ -140,10 +152,12 @@ def compare(
         policy: The thresholds.
         faults: What fails the comparison whatever its numbers are, such as those of :func:`config_faults`.
         progress: Where to report.
+        max_batch: The most texts that the artifact's runner takes at once; None: any number.
     """
     chunk = info.config.attention_chunk_size
     single = single_row_splits(len(windows[0]), chunk)
-    batch = batch_splits(len(windows[0]), chunk)
+    batches = batch_splits(len(windows[0]), chunk)
+    batch = tuple(split for split in batches if max_batch is None or len(split.lengths) <= max_batch)
     alone = sum(batch[0].lengths) if batch else 0
     total = used.tokens + len(windows[0]) * len(single) + alone * (1 + len(batch))
     with progress.task("Comparing", total=total, unit="tokens") as task:
@@ -159,7 +173,7 @@ def compare(
         text=used,
         policy=policy,
         rows=rows,
-        notes=tuple(_notes(used, len(windows[0]), chunk)),
+        notes=(*text_notes(used, len(windows[0]), chunk), *batch_notes(batches, batch, max_batch)),
     )
 
 
@@ -241,16 +255,6 @@ def spread(windows: Sequence[IntArray], lengths: Sequence[int]) -> list[IntArray
     return [ids[(len(ids) - length) * row // last :][:length] for row, length in enumerate(lengths)]
 
 
-def _notes(used: TextUsed, length: int, chunk: int) -> Iterator[str]:
-    if used.random:
-        yield f"The text is {used.source}: equality is measured, perplexity and KL on real text are not."
-    if boundaries(length, chunk) == 0:
-        yield (
-            f"No chunk boundary was crossed: windows have {length} tokens and chunks {chunk}. "
-            f"Use windows of more than {chunk} tokens to compare across one."
-        )
-
-
 def config_faults(ours: DecoderConfig, theirs: DecoderConfig) -> tuple[str, ...]:
     """What makes the two compute different functions of the same weights.
 
@@ -260,20 +264,6 @@ def config_faults(ours: DecoderConfig, theirs: DecoderConfig) -> tuple[str, ...]
     faults = [f"{name} is {getattr(theirs, name)} in the reference, {getattr(ours, name)} here" for name in differing]
     layers = [i for i, (our, their) in enumerate(zip(ours.layers, theirs.layers, strict=True)) if our != their]
     return (*faults, *(f"layer {i} is {theirs.layers[i]} in the reference, {ours.layers[i]} here" for i in layers))
-
-
-def _source_notes(artifact: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    """A remark where the reference is not made of the files of the manifest.
-
-    A copy in another dtype or other shards may well be the same model, so this is no failure; but the reader must know.
-    """
-    source = read_manifest(artifact).get("source")
-    files = source.get("files") if isinstance(source, dict) else None
-    recorded = (
-        {name: entry for name, entry in files.items() if name.endswith(_WEIGHTS)} if isinstance(files, dict) else {}
-    )
-    if recorded and recorded != source_digests([file for file in checkpoint.files if file.suffix == _WEIGHTS]):
-        yield "The reference's weight files are not those that the artifact was made from: their digests differ."
 
 
 def _check_same_model(ours: DecoderConfig, theirs: DecoderConfig, artifact: Path, reference: Path) -> None:

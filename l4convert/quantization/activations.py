@@ -13,6 +13,13 @@ E4M3_MAX = 448.0  # largest finite float8_e4m3fn (OCP 8-bit Floating Point Speci
 SMALLEST_MAGNITUDE = 1e-12
 
 
+def token_scales(b: Builder, value: ir.Value) -> ir.Value:
+    """absmax/448 of each token: float32 [..., 1] for float32 [..., width]."""
+    magnitude = b.op("ReduceMax", b.op("Abs", value), b.constant([-1]), keepdims=1)
+    magnitude = b.op("Max", magnitude, b.constant(SMALLEST_MAGNITUDE, np.float32))
+    return b.op("Div", magnitude, b.constant(E4M3_MAX, np.float32))
+
+
 def round_per_token(b: Builder, value: ir.Value, width: int, compute: ComputeType) -> ir.Value:
     """Append ``QuantizeLinear``/``DequantizeLinear`` to E4M3 with one scale, absmax/448, for each token.
 
@@ -26,9 +33,7 @@ def round_per_token(b: Builder, value: ir.Value, width: int, compute: ComputeTyp
         The rounded value, same shape and dtype.
     """
     value = to_float32(b, value, compute)
-    magnitude = b.op("ReduceMax", b.op("Abs", value), b.constant([-1]), keepdims=1)
-    magnitude = b.op("Max", magnitude, b.constant(SMALLEST_MAGNITUDE, np.float32))
-    scale = b.op("Div", magnitude, b.constant(E4M3_MAX, np.float32))
+    scale = token_scales(b, value)
     quantized = b.op(
         "QuantizeLinear", value, scale, axis=-1, block_size=width, output_dtype=int(ir.DataType.FLOAT8E4M3FN)
     )

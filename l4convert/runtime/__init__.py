@@ -1,16 +1,22 @@
 """Run an artifact: sessions with their key/value caches, sampling, the tokenizer and text generation."""
 
+from l4convert.runtime.engine_session import EngineSession, EngineStream
 from l4convert.runtime.generate import eos_token_ids, generate, generate_text
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
+from l4convert.runtime.open import ON_CPU, RunWith
 from l4convert.runtime.runner import Runner, Stream
 from l4convert.runtime.sampling import Sampler, SamplingOptions
 from l4convert.runtime.session import OrtSession, OrtStream
 from l4convert.runtime.tokenizer import TextStream, TextTokenizer
 
 __all__ = [
+    "ON_CPU",
     "ArtifactInfo",
+    "EngineSession",
+    "EngineStream",
     "OrtSession",
     "OrtStream",
+    "RunWith",
     "Runner",
     "Sampler",
     "SamplingOptions",

@@ -62,35 +62,62 @@ class KvCacheState(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class CacheRoom:
+    """How large the caches of one batch are, and where.
+
+    Attributes:
+        batch: Sequences; ``max_length``: the most slots of one, in the static form.
+        dtype: Of the elements.
+        device: ``cpu`` or ``cuda``, the provider's memory.
+    """
+
+    batch: int
+    max_length: int
+    dtype: np.dtype[Any]
+    device: str = "cpu"
+
+    def zeros(self, names: CacheNames, slots: int) -> Any:
+        """A cache of so many slots, as an ``OrtValue`` on the device."""
+        host = ort_value(np.zeros((self.batch, names.heads, slots, names.head_dim), self.dtype))
+        return host if self.device == "cpu" else copy_to(host, self.device)
+
+
 class FedBackCache:
     """Growing and windowed: what came out as present goes in as past, whatever its length; it starts with length 0."""
 
-    def __init__(self, session: Any, names: CacheNames, batch: int, max_length: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, session: Any, names: CacheNames, room: CacheRoom) -> None:
         self._session = session
         self._names = names
-        empty = np.zeros((batch, names.heads, 0, names.head_dim), dtype)
-        self._past: dict[str, Any] = {name: ort_value(empty) for name in names.past}
+        self._room = room
+        self._past = [room.zeros(names, 0)] * len(names.past)
 
     def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
         """Run once; the caches stay in ONNX Runtime's memory and are never copied to numpy."""
-        inputs = {name: ort_value(array) for name, array in feeds.items()}
-        logits, *present = self._session.run_with_ort_values(["logits", *self._names.present], inputs | self._past)
-        self._past = dict(zip(self._names.past, present, strict=True))
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output("logits", "cpu")
+        for name, value in zip(self._names.past, self._past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in self._names.present:
+            binding.bind_output(name, self._room.device, 0)
+        self._session.run_with_iobinding(binding)
+        logits, *self._past = binding.get_outputs()
         return as_float32(logits)
 
 
 class StaticCache:
     """Static: buffers made once and bound as past and as present, so that a call updates them in place."""
 
-    def __init__(self, session: Any, names: CacheNames, batch: int, max_length: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, session: Any, names: CacheNames, room: CacheRoom) -> None:
         self._session = session
         self._binding = session.io_binding()
         self._binding.bind_output("logits", "cpu")  # first, so that it is the first of get_outputs()
         self._buffers = []
         for past, present, slots in zip(names.past, names.present, names.slots, strict=True):
-            length = max_length if slots is None else min(slots, max_length)
             # Zeros, because unused slots are masked by adding to their scores, and garbage may be NaN.
-            buffer = ort_value(np.zeros((batch, names.heads, length, names.head_dim), dtype))
+            buffer = room.zeros(names, room.max_length if slots is None else min(slots, room.max_length))
             self._binding.bind_ortvalue_input(past, buffer)
             self._binding.bind_ortvalue_output(present, buffer)
             self._buffers.append(buffer)
@@ -113,6 +140,16 @@ def ort_value(array: np.ndarray) -> Any:
     return OrtValue.ortvalue_from_numpy(array)
 
 
+def copy_to(value: Any, device: str) -> Any:
+    """A copy of an ``OrtValue`` in a provider's memory."""
+    from onnxruntime import OrtValue
+
+    copied = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device, 0)
+    if 0 not in value.shape():
+        copied.update_inplace(value)
+    return copied
+
+
 def as_float32(value: Any) -> FloatArray:
     """The content of an ``OrtValue`` on the CPU, of any floating type."""
     if value.element_type() != ir.DataType.BFLOAT16:
@@ -124,7 +161,7 @@ def as_float32(value: Any) -> FloatArray:
     return np.frombuffer(bits, ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
 
 
-CACHE_FORMS: Mapping[KvCache, Callable[[Any, CacheNames, int, int, np.dtype[Any]], KvCacheState]] = {
+CACHE_FORMS: Mapping[KvCache, Callable[[Any, CacheNames, CacheRoom], KvCacheState]] = {
     "growing": FedBackCache,
     "windowed": FedBackCache,
     "static": StaticCache,

@@ -2,7 +2,8 @@
 
 The CPU provider moves bfloat16 data but has no arithmetic on it (1.31). So each such operator is put between casts: its
 inputs are widened, which is exact, and its results are rounded to bfloat16. What the graph rounds is still rounded, so
-what a bfloat16 graph loses shows here too. The file is not changed; float32 and float16 graphs run as they are.
+what a bfloat16 graph loses shows here too. What only CUDA's kernels do becomes other nodes (``cuda_kernels``). The file
+is not changed; float32 and float16 graphs of other targets run as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from l4convert.errors import InputError
+from l4convert.runtime.cuda_kernels import replace_cuda_kernels
 
 # What the CPU provider does with bfloat16 as it is: it looks at no element.
 _MOVES = {
@@ -45,6 +47,7 @@ def cpu_form_of(file: Path) -> bytes:
 def to_cpu_form(model: ir.Model) -> None:
     """Rewrite a model in place; calls of functions are inlined on the way."""
     common.InlinePass()(model)
+    replace_cuda_kernels(model)
     _Widening().graph(model.graph, set())
 
 
@@ -102,7 +105,7 @@ class _Widening:
             if value is None or value not in narrow:
                 continue
             if value not in wide:
-                # A loop's body and the graph around it may both widen a value, and share one space of names.
+                # Branches, and a loop's body and the graph around it, may all widen one value: each cast has a name.
                 self._widened[value.name] += 1
                 cast = _cast(value, ir.DataType.FLOAT, f"{value.name}/widened_{self._widened[value.name]}")
                 graph.insert_before(node, cast)
@@ -111,7 +114,8 @@ class _Widening:
 
     def round_outputs(self, graph: ir.Graph, node: ir.Node) -> list[ir.Value]:
         rounded = []
-        for value in node.outputs[:1]:
+        # Of several results the first is a number of the type; attention's others are its caches.
+        for value in node.outputs if node.op_type == "GroupQueryAttention" else node.outputs[:1]:
             name, shape = value.name, value.shape
             cast = _cast(value, ir.DataType.BFLOAT16, f"{name}/rounded")
             result = cast.outputs[0]

@@ -25,12 +25,18 @@ from l4convert.runtime.session import SETTINGS
 GENAI_KV_CACHES = ("growing", "static")
 """Caches that ONNX Runtime GenAI can drive; a windowed one it cannot, as it sizes every layer's ``present`` alike."""
 
+PROVIDER_OPTIONS: Mapping[str, list[dict[str, Any]]] = {"cuda": [{"cuda": {"enable_cuda_graph": "0"}}]}
+"""Target to ``provider_options``, where it is not the CPU. A CUDA graph cannot hold the ``If`` of our attention."""
+
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_length", "no_repeat_ngram_size")
 """Fields of ``generation_config.json`` that GenAI's ``search`` section has under the same name and meaning."""
 
 
 def genai_config(
-    config: DecoderConfig, kv_cache: str, generation_config: Mapping[str, Any] | None = None
+    config: DecoderConfig,
+    kv_cache: str,
+    generation_config: Mapping[str, Any] | None = None,
+    target: str = "cpu",
 ) -> dict[str, Any]:
     """Return the content of ``genai_config.json`` for an artifact.
 
@@ -43,6 +49,7 @@ def genai_config(
         config: The decoder.
         kv_cache: ``growing`` or ``static``, as the graph was built.
         generation_config: The checkpoint's ``generation_config.json``; its token ids win over the decoder's.
+        target: What the graph was lowered to, which says where GenAI runs it.
 
     Raises:
         UsageError: The cache is one that GenAI cannot drive.
@@ -53,7 +60,7 @@ def genai_config(
         )
     given = generation_config or {}
     static = kv_cache == "static"
-    decoder = _decoder(config)
+    decoder = _decoder(config, PROVIDER_OPTIONS.get(target, []))
     if static:
         decoder |= _chunked_layer_buffers(config)
     return {
@@ -72,10 +79,10 @@ def genai_config(
     }
 
 
-def _decoder(config: DecoderConfig) -> dict[str, Any]:
+def _decoder(config: DecoderConfig, provider_options: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "filename": "model.onnx",
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **SETTINGS},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": provider_options, **SETTINGS},
         "hidden_size": config.hidden_size,
         "head_size": config.head_dim,
         "num_attention_heads": config.num_attention_heads,

@@ -9,7 +9,7 @@ import numpy as np
 
 from l4convert.errors import InputError, UsageError
 from l4convert.runtime.manifest import read_artifact, read_json
-from l4convert.runtime.runner import IntArray, Runner, Stream
+from l4convert.runtime.runner import IntArray, Runner, Stream, last_logits
 from l4convert.runtime.sampling import Sampler
 from l4convert.runtime.tokenizer import TextTokenizer
 
@@ -57,14 +57,14 @@ def _continue(
     stream: Stream, parts: Sequence[IntArray], max_new_tokens: int, sampler: Sampler, eos_ids: Collection[int]
 ) -> Iterator[int]:
     for part in parts[:-1]:
-        stream.step(part)
-    logits = stream.step(parts[-1])[0, -1]
+        last_logits(stream, part)
+    logits = last_logits(stream, parts[-1])[0]
     for made in range(1, max_new_tokens + 1):
         token = sampler(logits)
         yield token
         if token in eos_ids or made == max_new_tokens:
             return
-        logits = stream.step(np.array([[token]], np.int64))[0, -1]
+        logits = last_logits(stream, np.array([[token]], np.int64))[0]
 
 
 def generate_text(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from l4convert.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -47,6 +49,23 @@ class Runner(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class SparingStream(Protocol):
+    """A stream that can do without the logits of all tokens but the last."""
+
+    def last(self, input_ids: IntArray) -> FloatArray:
+        """Append tokens [B, S]; logits [B, vocabulary] of the last one of each row."""
+        ...
+
+
+def last_logits(stream: Stream, input_ids: IntArray) -> FloatArray:
+    """Append tokens [B, S] to a stream, none of them padding; give the logits [B, vocabulary] of each row's last one.
+
+    A stream on a GPU does not copy the others to the host: 0.4 GB for 512 tokens of a vocabulary of 202,048.
+    """
+    return stream.last(input_ids) if isinstance(stream, SparingStream) else stream.step(input_ids)[:, -1]
+
+
 def check_step(input_ids: IntArray, mask: IntArray | None, batch: int) -> IntArray:
     """Check the arguments of :meth:`Stream.step`; these are programming errors, hence ``ValueError``.
 
@@ -60,3 +79,17 @@ def check_step(input_ids: IntArray, mask: IntArray | None, batch: int) -> IntArr
     if mask.shape != input_ids.shape or not np.isin(mask, (0, 1)).all():
         raise ValueError(f"mask of shape {mask.shape} is not zeros and ones of shape {input_ids.shape}")
     return mask.astype(np.int64)
+
+
+def check_vocabulary(input_ids: IntArray, vocabulary: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        InputError: One is negative or not below ``vocabulary``.
+    """
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise InputError(
+            f"token {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}",
+            "The artifact's tokenizer.json belongs to another model.",
+        )

@@ -1,4 +1,4 @@
-"""Run an artifact with ONNX Runtime on the CPU, through the I/O contract of DESIGN section 5."""
+"""Run an artifact with ONNX Runtime, through the I/O contract of DESIGN section 5."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import numpy as np
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError, UsageError, backend_missing
-from l4convert.runtime.caches import CACHE_FORMS, CacheNames, KvCacheState
+from l4convert.runtime.caches import CACHE_FORMS, CacheNames, CacheRoom, KvCacheState
 from l4convert.runtime.calls import in_place_calls
 from l4convert.runtime.cpu_form import cpu_form_of
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
-from l4convert.runtime.runner import FloatArray, IntArray, check_step
+from l4convert.runtime.providers import PROVIDERS, Provider, check_started, prepare
+from l4convert.runtime.runner import FloatArray, IntArray, check_step, check_vocabulary
 
 # How long a stream may become in the static form where the caller does not say: enough for a conversation, and small
 # beside the weights (Scout: 0.8 GB of float32 caches).
@@ -39,16 +40,25 @@ class OrtSession:
     Attributes:
         info: The artifact's manifest.
         max_length: How many tokens (padding included) a stream can take.
+        provider: Where it runs; ``cuda`` keeps the caches in the GPU's memory.
     """
 
-    def __init__(self, info: ArtifactInfo, session: Any, max_length: int) -> None:
+    def __init__(self, info: ArtifactInfo, session: Any, max_length: int, provider: Provider = "cpu") -> None:
         self.info = info
         self.max_length = max_length
+        self.provider: Provider = provider
         self._session: Any = session
         self._cache_dtype = _check_contract(info, session)
 
     @classmethod
-    def open(cls, artifact: Path, *, max_length: int | None = None, threads: int | None = None) -> Self:
+    def open(
+        cls,
+        artifact: Path,
+        *,
+        max_length: int | None = None,
+        threads: int | None = None,
+        provider: Provider = "cpu",
+    ) -> Self:
         """Load an artifact.
 
         Args:
@@ -56,11 +66,12 @@ class OrtSession:
             max_length: Tokens to make room for in the static form. Default: 4096, or all the model's positions where
                 they are fewer. The other forms grow and take this as a limit only where it is given.
             threads: Threads for one operator; default: ONNX Runtime's choice.
+            provider: The execution provider: ``cpu`` or ``cuda``.
 
         Raises:
             InputError: No artifact, a damaged one, or a graph that does not keep the I/O contract.
             UsageError: ``max_length`` is not positive or is more than the model's positions.
-            BackendMissing: onnxruntime is not installed.
+            BackendMissing: onnxruntime is not installed, or has no such provider, or there is no GPU.
         """
         info = read_artifact(artifact)
         limit = info.config.max_position_embeddings
@@ -68,14 +79,15 @@ class OrtSession:
             raise UsageError(f"a maximum length of {max_length} is not between 1 and the model's {limit} positions")
         default = min(DEFAULT_MAX_LENGTH, limit) if info.kv_cache == "static" else limit
         # Graphs of the other runtimes are lowered to what this one fuses well.
-        bfloat16, fuse = info.compute == "bfloat16", info.calls == "any"
-        session = load_model(artifact / MODEL_FILE, threads, cpu_form=bfloat16, fuse_quantized=fuse)
-        return cls(info, session, max_length or default)
+        fuse = info.calls == "any"
+        rewrite = provider == "cpu" and (info.compute == "bfloat16" or info.target == "cuda")
+        session = load_model(artifact / MODEL_FILE, threads, cpu_form=rewrite, fuse_quantized=fuse, provider=provider)
+        return cls(info, session, max_length or default, provider)
 
     @property
     def name(self) -> str:
-        """The artifact's folder name."""
-        return self.info.path.name
+        """The artifact's folder name, and where it runs unless that is the CPU."""
+        return self.info.path.name if self.provider == "cpu" else f"{self.info.path.name}, {PROVIDERS['cuda'][0]}"
 
     @property
     def config(self) -> DecoderConfig:
@@ -84,8 +96,8 @@ class OrtSession:
 
     def new_cache(self, batch: int) -> KvCacheState:
         """Empty key/value caches for ``batch`` sequences, in the artifact's cache form."""
-        names = CacheNames.of(self.config)
-        return CACHE_FORMS[self.info.kv_cache](self._session, names, batch, self.max_length, self._cache_dtype)
+        room = CacheRoom(batch, self.max_length, self._cache_dtype, self.provider)
+        return CACHE_FORMS[self.info.kv_cache](self._session, CacheNames.of(self.config), room)
 
     def start(self, batch: int) -> OrtStream:
         """Begin ``batch`` empty sequences."""
@@ -149,10 +161,7 @@ class OrtStream:
         return logits
 
     def _check_room(self, input_ids: IntArray) -> None:
-        low, high, vocabulary = int(input_ids.min()), int(input_ids.max()), self._session.config.vocab_size
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise InputError(f"token {wrong} is outside the model's vocabulary of {vocabulary}", _VOCABULARY_HINT)
+        check_vocabulary(input_ids, self._session.config.vocab_size)
         length = self.mask.shape[1] + input_ids.shape[1]
         if length > self._session.max_length:
             raise UsageError(
@@ -162,7 +171,6 @@ class OrtStream:
 
 
 _SUMMARY_CHARS = 240
-_VOCABULARY_HINT = "The artifact's tokenizer.json belongs to another model."
 
 
 def load_model(
@@ -172,8 +180,9 @@ def load_model(
     optimized: bool = True,
     cpu_form: bool = False,
     fuse_quantized: bool = True,
+    provider: Provider = "cpu",
 ) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU.
+    """An ``onnxruntime.InferenceSession``.
 
     Args:
         model: Path of ``model.onnx``.
@@ -181,11 +190,13 @@ def load_model(
         optimized: Whether ONNX Runtime may rewrite the graph; False: every node runs as it is written.
         fuse_quantized: Whether it may fuse DequantizeLinear with what follows. It does so even where no kernel takes
             FP8, and looks in the wrong graph for weights that a loop uses (1.31).
-        cpu_form: Whether the graph computes in bfloat16, and so has to be rewritten (l4convert/runtime/cpu_form.py).
+        cpu_form: Whether the graph computes in bfloat16, or has kernels that only CUDA has, and so has to be rewritten
+            (l4convert/runtime/cpu_form.py).
+        provider: Where it runs; the CPU takes what another provider has no kernel for.
 
     Raises:
         InputError: The file is absent or ONNX Runtime refuses it.
-        BackendMissing: onnxruntime is not installed.
+        BackendMissing: onnxruntime is not installed, or has no such provider, or there is no GPU.
     """
     try:
         import onnxruntime
@@ -193,6 +204,7 @@ def load_model(
         raise backend_missing("onnxruntime") from error
     if not model.is_file():
         raise InputError(f"{model}: no such file", "Convert the checkpoint again.")
+    prepare(onnxruntime, provider)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors become exceptions, and are not printed as well
     if threads is not None:
@@ -208,11 +220,13 @@ def load_model(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
         source = cpu_form_of(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(source, options, providers=list(PROVIDERS[provider]))
     except Exception as error:  # as above
         summary = _summary(error)
         hint = "`l4convert verify` tells whether the artifact is whole; `l4convert doctor` which ONNX Runtime is here."
         raise InputError(f"{model}: ONNX Runtime cannot load it: {summary}", hint) from error
+    check_started(session, provider)
+    return session
 
 
 def _check_contract(info: ArtifactInfo, session: Any) -> np.dtype[Any]:

@@ -38,6 +38,7 @@ SCHEMA: dict[str, Any] = {
     "target": str,
     "recipe": str,
     "kv_cache": str,
+    "compute": str,
     "bytes": int,
     "tensor_count": int,
     "kinds": [{"kind": str, "tensors": int, "bytes": int}],

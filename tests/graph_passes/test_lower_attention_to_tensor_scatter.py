@@ -31,6 +31,12 @@ def expected(layouts):
     return {name: reference_logits(layouts[name].path, token_ids(2)) for name in names}
 
 
+@pytest.fixture(autouse=True)
+def kernels_for_small_heads(monkeypatch):
+    """Heads are folded only where TensorRT has kernels of their width; those of the test models have 16."""
+    monkeypatch.setattr(lowering, "FUSED_WIDTHS", (16,))
+
+
 def lowered_client(checkpoint):
     model = canonical(checkpoint, "static")
     _, report = run_passes(model, *PASSES)
@@ -122,6 +128,14 @@ def test_a_wrong_slot_would_show(scout, expected, monkeypatch):
     monkeypatch.setattr(lowering, "visible_slots", one_more)
     _, client = lowered_client(scout)
     assert relative_error(client.logits(ids, [TOKENS]), expected["scout"]) > 1e-3
+
+
+def test_heads_of_a_width_that_no_kernel_takes_are_not_folded(scout, expected, monkeypatch):
+    monkeypatch.setattr(lowering, "FUSED_WIDTHS", (64, 128))
+    model, client = lowered_client(scout)
+    masks = {node.inputs[3].producer().op_type for node in model.graph if node.op_type == "Attention"}
+    assert masks == {"Unsqueeze"}
+    assert relative_error(client.logits(token_ids(2), [TOKENS]), expected["scout"]) <= 1e-5
 
 
 def test_one_head_for_each_key_head_is_not_folded(tmp_path):

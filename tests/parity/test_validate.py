@@ -29,7 +29,8 @@ ROWS = ["one call", "odd splits", "whole chunks", "token by token", "batch, left
 @pytest.fixture
 def info(scout_layout: Path) -> ArtifactInfo:
     """Vocabulary 128, chunks of 8."""
-    return ArtifactInfo(scout_layout, "growing", "none", frozenset(), "portable", open_checkpoint(scout_layout).config)
+    config = open_checkpoint(scout_layout).config
+    return ArtifactInfo(scout_layout, "growing", "none", frozenset(), "portable", config, "float32", "any")
 
 
 def run(

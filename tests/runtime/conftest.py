@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.artifacts import KV_CACHES, write_canonical_artifact
+from tests.runtime.fake_device import add_engines
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +16,15 @@ def artifacts(scout_layout: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     """Form of the cache -> artifact of ``scout_layout``."""
     folder = tmp_path_factory.mktemp("artifacts")
     return {form: write_canonical_artifact(scout_layout, folder / form, form) for form in KV_CACHES}
+
+
+@pytest.fixture(scope="session")
+def built(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name -> an artifact with engines: the whole decoder, three segments, and these for full TensorRT."""
+    made = {}
+    full = {"builder": {"name": "tensorrt", "version": "10.14.1"}}
+    for name, cuts, changes in (("whole", (), {}), ("segments", (1, 3), {}), ("full", (1, 3), full)):
+        made[name] = tmp_path_factory.mktemp("built") / name
+        shutil.copytree(artifacts["static"], made[name])
+        add_engines(made[name], cuts=cuts, **changes)
+    return made

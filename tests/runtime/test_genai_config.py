@@ -32,6 +32,11 @@ def test_growing_is_bounded_by_the_context_only() -> None:
     assert "sliding_window" not in made["model"]["decoder"]
 
 
+def test_target_cuda_runs_on_cuda_without_graphs() -> None:
+    options = [genai_config(SCOUT, "static", target=t)["model"]["decoder"]["session_options"] for t in ("cpu", "cuda")]
+    assert [o["provider_options"] for o in options] == [[], [{"cuda": {"enable_cuda_graph": "0"}}]]
+
+
 def test_model_without_chunks_has_no_window() -> None:
     plain = dataclasses.replace(SCOUT, layers=(GLOBAL, GLOBAL))
     assert "sliding_window" not in genai_config(plain, "static")["model"]["decoder"]

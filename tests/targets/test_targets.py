@@ -32,6 +32,7 @@ def test_rows_are_named_by_their_keys():
     assert {name: target.name for name, target in TARGETS.items()} == {name: name for name in TARGETS}
     assert {name: (t.kv_caches[0], t.compute[0], t.calls) for name, t in TARGETS.items()} == {
         "cpu": ("growing", "float32", "any"),
+        "cuda": ("static", "bfloat16", "any"),
         "portable": ("growing", "float32", "any"),
         "tensorrt": ("static", "bfloat16", "in_place"),
         "tensorrt-rtx": ("static", "bfloat16", "in_place"),

@@ -1,0 +1,234 @@
+"""Run the engines of an artifact on a GPU: the interface of :class:`~l4convert.runtime.session.OrtSession`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from l4convert.checkpoint.config import DecoderConfig
+from l4convert.errors import BackendMissing, UsageError
+from l4convert.gpus import Gpu, Gpus, find_gpus
+from l4convert.runtime.bound_engine import GRAPH_USES, BoundEngine
+from l4convert.runtime.calls import InPlaceCall, in_place_calls
+from l4convert.runtime.device import Device
+from l4convert.runtime.engine_layout import longest_call
+from l4convert.runtime.engines import MODULES, Engine, check_engine_files, choose_engine, named_engines, read_engines
+from l4convert.runtime.manifest import ArtifactInfo, read_artifact
+from l4convert.runtime.runner import FloatArray, IntArray, check_step, check_vocabulary
+
+OpenDevice = Callable[[Gpu, Engine], Device]
+
+
+def open_cuda(gpu: Gpu, engine: Engine) -> Device:
+    """A GPU through cuda-python, with the TensorRT module of the engine.
+
+    Raises:
+        BackendMissing: One of the two is not installed.
+    """
+    from l4convert.runtime.cuda import CudaDevice
+
+    return CudaDevice.open(gpu, engine.module, engine.version)
+
+
+class EngineSession:
+    """An engine that is loaded on a GPU; :meth:`open` makes one, :meth:`start` begins a batch of sequences.
+
+    One batch at a time: the caches exist once, and a new batch takes them over.
+
+    Attributes:
+        info: The artifact's manifest.
+        engine: What the manifest says of the engine.
+        gpu: Where it runs.
+        max_length: How many tokens a sequence can have; ``max_batch``: how many sequences.
+    """
+
+    def __init__(self, info: ArtifactInfo, engine: Engine, gpu: Gpu, device: Device, max_length: int) -> None:
+        self.info = info
+        self.engine = engine
+        self.gpu = gpu
+        self.max_length = max_length
+        self.max_batch = engine.max_batch
+        self._device = device
+        self._bound = BoundEngine(engine, info.config, device)
+        self._current: EngineStream | None = None
+
+    @classmethod
+    def open(
+        cls,
+        artifact: Path,
+        *,
+        hardware: str | None = None,
+        max_length: int | None = None,
+        gpus: Callable[[], Gpus] = find_gpus,
+        open_device: OpenDevice = open_cuda,
+    ) -> Self:
+        """Load an artifact's engine onto the first GPU (``CUDA_VISIBLE_DEVICES`` makes another the first).
+
+        Args:
+            artifact: The folder that ``convert`` wrote and ``build`` added engines to.
+            hardware: The hardware profile whose engine to take; default: the first for this GPU.
+            max_length: Tokens a sequence will have at most. Default, and limit: what the engine was built for.
+            gpus: Finds GPUs; ``open_device``: opens one. Both are there to be replaced where there is no GPU.
+
+        Raises:
+            InputError: No artifact or engine, one for another GPU, or a file that is not what the manifest says.
+            UsageError: No engine of that name, or a length that it was not built for.
+            BackendMissing: No GPU, or cuda-python or TensorRT is not installed.
+            DeviceError: The GPU refuses the engine.
+        """
+        info = read_artifact(artifact)
+        candidates = named_engines(read_engines(artifact), hardware, artifact)
+        found = gpus()
+        if not found.devices:
+            raise BackendMissing(
+                f"{found.problem} on this machine, and an engine runs on an NVIDIA GPU only",
+                "`l4convert doctor` shows what was found; without --engine the CPU runs the artifact's ONNX graph.",
+            )
+        gpu = found.devices[0]
+        engine = choose_engine(candidates, gpu, artifact)
+        if max_length is not None and not 0 < max_length <= engine.max_context:
+            raise UsageError(
+                f"a maximum length of {max_length} is not between 1 and the {engine.max_context} tokens that the "
+                f"engine for {engine.hardware} was built for",
+                "Build one with a larger --max-context.",
+            )
+        check_engine_files(artifact, engine)
+        device = open_device(gpu, engine)
+        try:
+            return cls(info, engine, gpu, device, max_length or engine.max_context)
+        except BaseException:
+            device.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """Artifact, engine and GPU."""
+        return f"{self.info.path.name}, {MODULES[self.engine.module]} engine {self.engine.hardware} on {self.gpu.name}"
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's hyperparameters."""
+        return self.info.config
+
+    @property
+    def graphs(self) -> str:
+        """One line: whether decode steps are replayed as CUDA graphs."""
+        return GRAPH_USES[self._bound.graph_use]
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of caches and buffers, weights and scratch apart."""
+        return self._bound.layout.nbytes
+
+    def start(self, batch: int) -> EngineStream:
+        """Begin ``batch`` empty sequences; a stream that was started before is over.
+
+        Raises:
+            UsageError: More than the engine was built for.
+        """
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, expected at least 1")
+        if batch > self.max_batch:
+            raise UsageError(
+                f"{batch} sequences at once, and the engine for {self.engine.hardware} was built for {self.max_batch}",
+                "Build one with a larger --max-batch.",
+            )
+        self._bound.empty_caches()
+        self._current = EngineStream(self, self._bound, batch)
+        return self._current
+
+    def is_current(self, stream: EngineStream) -> bool:
+        """Whether the caches are still this stream's."""
+        return self._current is stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._current = None
+        self._bound.close()
+        self._device.close()
+
+
+class EngineStream:
+    """A batch of sequences fed to an :class:`EngineSession`.
+
+    Attributes:
+        lengths: Tokens each row has in the caches.
+    """
+
+    def __init__(self, session: EngineSession, bound: BoundEngine, batch: int) -> None:
+        self._session = session
+        self._bound = bound
+        self.lengths: IntArray = np.zeros(batch, np.int64)
+
+    def step(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+        """Append tokens; see :meth:`l4convert.runtime.runner.Stream.step`.
+
+        A step may be several calls of the engine: none is wider than its widest profile or crosses a chunk boundary.
+
+        Raises:
+            InputError: A token outside the vocabulary.
+            UsageError: The text would become longer than the session's ``max_length``.
+            DeviceError: The GPU refused a call.
+        """
+        new = self._checked(input_ids, mask)
+        logits = np.zeros((*input_ids.shape, self._session.config.vocab_size), np.float32)
+        for call in self._calls(new):
+            self._run(call, input_ids)
+            call.put(self._bound.logits(), logits)
+        return logits
+
+    def last(self, input_ids: IntArray) -> FloatArray:
+        """Append tokens, none of them padding; logits of the last token of each row only, float32 [B, vocabulary].
+
+        See :func:`l4convert.runtime.runner.last_logits`. Raises what :meth:`step` raises.
+        """
+        for call in self._calls(self._checked(input_ids, None)):
+            self._run(call, input_ids)
+        return self._bound.last_logits()
+
+    def _run(self, call: InPlaceCall, input_ids: IntArray) -> None:
+        self._bound.call(call, input_ids)
+        self.lengths = call.lengths + call.counts
+
+    def _checked(self, input_ids: IntArray, mask: IntArray | None) -> IntArray:
+        """The mask of a step's new tokens, after every check."""
+        if not self._session.is_current(self):
+            raise ValueError("another batch was started in this session, and has the caches now")
+        new = check_step(input_ids, mask, len(self.lengths))
+        check_vocabulary(input_ids, self._session.config.vocab_size)
+        self._check_room(new)
+        return new
+
+    def _calls(self, new: IntArray) -> Iterator[InPlaceCall]:
+        """Cut a step into calls that the engine takes; the padding of a row, too, must lie within its caches."""
+        engine, chunk = self._session.engine, self._session.config.attention_chunk_size
+        left = new.copy()
+        while left.any():
+            room = engine.max_context - int(self.lengths.max())
+            if room < 1:
+                raise UsageError(
+                    f"a sequence of the batch has all {engine.max_context} tokens that the engine for "
+                    f"{engine.hardware} has room for, and the others go on",
+                    "Build one with a larger --max-context, or end that sequence's batch.",
+                )
+            call = next(in_place_calls(self.lengths, left, chunk, min(longest_call(engine.profiles), room)))
+            yield call
+            row, place = np.nonzero(call.real)
+            left[row, call.columns[row, place]] = 0
+
+    def _check_room(self, new: IntArray) -> None:
+        longest = int((self.lengths + new.sum(axis=1)).max())
+        if longest > self._session.max_length:
+            raise UsageError(
+                f"the text needs {longest} positions and the session has {self._session.max_length}",
+                f"The engine for {self._session.engine.hardware} was built for {self._session.engine.max_context}; "
+                "build one with a larger --max-context.",
+            )
