@@ -127,8 +127,9 @@ def dequantize(b: Builder, graph: ir.Graph, weight: Weight, scheme: Scheme) -> i
     axis = len(lead)
     k_last = transposed(weight.tensor)
     if scheme.kind == "int4":
-        values, scales = quantize_int4(k_last, scheme.block_size, scheme.scale)
-        attributes = {"axis": axis, "block_size": scheme.block_size}
+        block_size = scheme.block_size_for(depth)
+        values, scales = quantize_int4(k_last, block_size, scheme.scale)
+        attributes = {"axis": axis, "block_size": block_size}
         scales = transposed(scales)
     else:
         values, scales = quantize_fp8(k_last)

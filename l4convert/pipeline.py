@@ -130,7 +130,7 @@ class _Conversion:
         if options.output is not None:
             sources = [] if options.checkpoint is None else [options.checkpoint]
             check_destination(options.output, options.overwrite, sources)
-        self.recipe = load_recipe(options.recipe, options.block_size)
+        self.recipe = load_recipe(options.recipe, options.block_size, self.target.block_size)
         self.checkpoint = _open(options)
         _check_recipe(self.recipe, self.checkpoint)
         self.model = self.build(self.checkpoint)

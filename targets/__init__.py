@@ -20,6 +20,7 @@ class Target:
         lowering: Passes that run after the canonical ones, in order.
         kv_caches: Forms of the cache that it can have, the default first.
         compute: Types that its graphs can compute in, the default first.
+        block_size: Of INT4 in bundled recipes, where it is not asked for; None: the recipe's.
         calls: "in_place": the host cuts and packs calls (l4convert/runtime/calls.py); "any": the graph takes any call.
     """
 
@@ -29,6 +30,7 @@ class Target:
     kv_caches: tuple[str, ...] = ("growing", "static", "windowed")
     compute: tuple[ComputeType, ...] = ("float32",)
     calls: Literal["any", "in_place"] = "any"
+    block_size: int | None = None
 
 
 _ON_GPU: tuple[ComputeType, ...] = ("bfloat16", "float16", "float32")
@@ -45,7 +47,9 @@ TARGETS: dict[str, Target] = {
         Target("cpu", cpu.SUMMARY, _passes(cpu.LOWERING)),
         Target("cuda", cuda.SUMMARY, _passes(cuda.LOWERING), cuda.KV_CACHES, _ON_GPU),
         Target("portable", portable.SUMMARY, _passes(portable.LOWERING)),
-        Target("tensorrt", tensorrt.SUMMARY, _passes(tensorrt.LOWERING), ("static",), _ON_GPU, "in_place"),
-        Target("tensorrt-rtx", tensorrt_rtx.SUMMARY, _passes(tensorrt_rtx.LOWERING), ("static",), _ON_GPU, "in_place"),
+        Target("tensorrt", tensorrt.SUMMARY, _passes(tensorrt.LOWERING), ("static",), _ON_GPU, "in_place", 128),
+        Target(
+            "tensorrt-rtx", tensorrt_rtx.SUMMARY, _passes(tensorrt_rtx.LOWERING), ("static",), _ON_GPU, "in_place", 128
+        ),
     )
 }

@@ -24,10 +24,20 @@ def test_nano_scout_ends_with_a_passing_parity_table(tmp_path: Path, nano: Path)
     command = [sys.executable, str(script), "--output", str(tmp_path / "out"), "--tokens", "600"]
     run = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    table = run.stdout.partition("Parity with transformers")[2].splitlines()
+    parity, _, engines = run.stdout.partition("Parity with transformers")[2].partition("Engines built")
+    table = parity.splitlines()
     rows = {line.split()[0]: line for line in table if line and line.split()[-1] in ("pass", "FAIL")}
-    assert rows.keys() == {"none-cpu", "int4-cpu", "int4-static", "fp8-portable"}
+    assert rows.keys() == {"none-cpu", "int4-cpu", "int4-static", "fp8-portable", "int4-rtx", "fp8-rtx"}
     assert all(line.endswith("pass") for line in rows.values()), run.stdout
+    built = [line.split()[:3] for line in engines.splitlines() if line.endswith("pass")]
+    sms = {(artifact, sm) for artifact, _, sm in built}
+    assert sms == {
+        ("int4-rtx", "8.0"),
+        ("int4-rtx", "8.9"),
+        ("int4-rtx", "12.0"),
+        ("fp8-rtx", "8.9"),
+        ("fp8-rtx", "12.0"),
+    }
     bytes_of = {name: (tmp_path / "out" / name / "model.safetensors").stat().st_size for name in rows}
     assert bytes_of["int4-cpu"] < bytes_of["fp8-portable"] < bytes_of["none-cpu"]
 

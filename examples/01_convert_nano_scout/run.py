@@ -54,9 +54,7 @@ def main() -> int:
         return error.returncode
     print(f"\nParity with transformers (eager, float32) on {options.tokens} held-out tokens, every split of them\n")
     print(table(rows))
-    print(
-        "\nEngines built on this machine, each for the GPU named; parity is that of the ONNX that the builder was given\n"
-    )
+    print("\nEngines built here, each for the GPU named; parity is that of the ONNX that the builder was given\n")
     print(table(engines))
     return 0
 

@@ -35,7 +35,7 @@ def conversion_options(function: F) -> F:
         click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE", shell_complete=recipe_names,
                      help="How to quantize; see below."),
         click.option("--block-size", type=click.Choice([32, 64, 128]),
-                     help="Weights that share an INT4 scale.  [default: the recipe's]"),
+                     help="Weights that share an INT4 scale.  [default: 128 for TensorRT, else the recipe's]"),
         click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]),
                      help="Form of the key/value cache; see below.  [default: the target's first]"),
         click.option("--compute", type=click.Choice(["float32", "bfloat16", "float16"]),

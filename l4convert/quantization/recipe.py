@@ -23,7 +23,7 @@ _RECIPE_KEYS = ("name", "description", "rule")
 # Scheme -> option -> values it may have in a file.
 _OPTIONS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "none": {},
-    "int4": {"block_size": BLOCK_SIZES, "scale": SCALE_RULES},
+    "int4": {"block_size": BLOCK_SIZES, "scale": SCALE_RULES, "whole_blocks": (False, True)},
     "fp8": {"activations": ("dynamic", "none")},
 }
 
@@ -36,19 +36,29 @@ class Scheme:
         kind: "none" as it is; "int4" 4-bit blocks; "fp8" E4M3 per output channel.
         block_size: int4: elements along K that share a scale.
         scale: int4: how a scale is chosen, see ``int4.int4_blocks``.
+        whole_blocks: int4: where ``block_size`` does not divide K, a smaller one that does takes its place.
         activations: fp8: the matmul's input is quantized too, with a scale for every token computed as it runs.
     """
 
     kind: Literal["none", "int4", "fp8"]
     block_size: int = 32
     scale: Literal["absmax", "lse"] = "lse"
+    whole_blocks: bool = False
     activations: bool = False
 
+    def block_size_for(self, depth: int) -> int:
+        """The block size of a weight of ``depth`` elements along K."""
+        if not self.whole_blocks:
+            return self.block_size
+        fitting = [size for size in BLOCK_SIZES if size <= self.block_size and depth % size == 0]
+        return max(fitting, default=self.block_size)
+
     def to_dict(self) -> dict[str, Any]:
-        """The keys of a rule table, all options explicit."""
+        """The keys of a rule table, all options that do anything explicit."""
+        whole = {"whole_blocks": True} if self.whole_blocks else {}
         options: dict[str, dict[str, Any]] = {
             "none": {},
-            "int4": {"block_size": self.block_size, "scale": self.scale},
+            "int4": {"block_size": self.block_size, "scale": self.scale, **whole},
             "fp8": {"activations": "dynamic" if self.activations else "none"},
         }
         return {"scheme": self.kind, **options[self.kind]}
@@ -94,12 +104,13 @@ def bundled_recipes() -> tuple[str, ...]:
     return tuple(sorted(item.name.removesuffix(".toml") for item in _bundle().iterdir() if item.name.endswith(".toml")))
 
 
-def load_recipe(name_or_path: str, block_size: int | None = None) -> Recipe:
+def load_recipe(name_or_path: str, block_size: int | None = None, usual_block_size: int | None = None) -> Recipe:
     """Read a bundled recipe by its name, or a file (a path that ends in ``.toml`` or has a folder in it).
 
     Args:
         name_or_path: Such as "int4" or "recipes/mine.toml".
         block_size: Replaces the block size of every INT4 rule.
+        usual_block_size: Does so in bundled recipes, where ``block_size`` is not given, as far as blocks are whole.
 
     Raises:
         UsageError: No bundled recipe has this name; or ``block_size`` is not one of 32, 64 and 128, or the recipe has
@@ -108,6 +119,8 @@ def load_recipe(name_or_path: str, block_size: int | None = None) -> Recipe:
     """
     is_path = name_or_path.endswith(".toml") or Path(name_or_path).name != name_or_path
     recipe = _load_file(Path(name_or_path)) if is_path else _load_bundled(name_or_path)
+    if block_size is None and not is_path and any(rule.scheme.kind == "int4" for rule in recipe.rules):
+        return recipe if usual_block_size is None else _with_block_size(recipe, usual_block_size, whole_blocks=True)
     return recipe if block_size is None else _with_block_size(recipe, block_size)
 
 
@@ -199,13 +212,14 @@ def _text(data: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _with_block_size(recipe: Recipe, block_size: int) -> Recipe:
+def _with_block_size(recipe: Recipe, block_size: int, whole_blocks: bool = False) -> Recipe:
     if block_size not in BLOCK_SIZES:
         raise UsageError(f"block size {block_size} is not possible", f"one of {', '.join(map(str, BLOCK_SIZES))}")
     if not any(rule.scheme.kind == "int4" for rule in recipe.rules):
         raise UsageError(f"recipe {recipe.name} has no int4 rule, so it takes no block size", "leave --block-size out")
+    changes: dict[str, Any] = {"block_size": block_size} | ({"whole_blocks": True} if whole_blocks else {})
     rules = (
-        replace(rule, scheme=replace(rule.scheme, block_size=block_size)) if rule.scheme.kind == "int4" else rule
+        replace(rule, scheme=replace(rule.scheme, **changes)) if rule.scheme.kind == "int4" else rule
         for rule in recipe.rules
     )
     return replace(recipe, rules=tuple(rules))
