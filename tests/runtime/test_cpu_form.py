@@ -128,15 +128,18 @@ def test_moves_stay_as_they_are_and_casts_round():
         helper.make_node("Gather", ["joined", "index"], ["row"], axis=0),
         helper.make_node("Transpose", ["row"], ["y"], perm=[1, 0]),
         helper.make_node("Add", ["a", "b"], ["sum"]),
+        helper.make_node("Cast", ["joined"], ["wide"], to=F),
     ]
-    model = model_of(nodes, [info("f", F, [3, 4])], [info("y"), info("sum")], [initializer("index", np.array([2, 0]))])
+    outputs = [info("y"), info("sum"), info("wide", F)]
+    model = model_of(nodes, [info("f", F, [3, 4])], outputs, [initializer("index", np.array([2, 0]))])
     changed = ir.from_proto(model)
     to_cpu_form(changed)
     casts = [node for node in changed.graph if node.op_type == "Cast"]
-    assert len(casts) == 1 + 2 + 1  # the given one, two operands of Add, its result
+    assert len(casts) == 2 + 2 + 1  # the given ones, two operands of Add, its result
     f = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     x = f.astype(BF16)
-    y, total = run(model, f=f)
+    y, total, widened = run(model, f=f)
+    assert np.array_equal(widened, wide(np.concatenate([x[:, 2:], x[:, :2]], axis=1)))
     assert np.array_equal(y, np.concatenate([x[:, 2:], x[:, :2]], axis=1)[[2, 0]].T)
     assert np.array_equal(total, (x[:, :2] + x[:, 2:]).astype(BF16))
 
