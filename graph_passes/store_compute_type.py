@@ -26,19 +26,23 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
             outcome.skip(weight.name, f"{tensor.dtype} is stored and {dtype} computed with, which is wider")
             continue
         if (weight, dtype) not in stored:
-            stored[weight, dtype] = add_initializer(model.graph, weight.name or "weight", cast(tensor, dtype))
+            stored[weight, dtype] = add_initializer(model.graph, f"{weight.name}_{dtype}", cast(tensor, dtype))
         ir.convenience.replace_all_uses_with(node.outputs[0], stored[weight, dtype])
         outcome.fired += 1
-    _drop_unused(model.graph, {weight for weight, _ in stored})
+    names = _drop_unused(model.graph, {weight for weight, _ in stored})
+    for (weight, _), narrow in stored.items():
+        if weight in names:
+            narrow.name = names.pop(weight)
     clean_up(model)
     return outcome
 
 
-def _drop_unused(graph: ir.Graph, weights: set[ir.Value]) -> None:
-    """Weights that only a removed cast used, so that the new ones can have their names."""
+def _drop_unused(graph: ir.Graph, weights: set[ir.Value]) -> dict[ir.Value, str]:
+    """Drop weights that only a removed cast used; returns their names, which the new ones can have."""
     for node in [n for n in graph if n.op_type == "Cast" and not n.outputs[0].uses()]:
         if not node.outputs[0].is_graph_output():
             graph.remove(node, safe=True)
-    for weight in weights:
-        if not weight.uses() and weight.name is not None:
-            del graph.initializers[weight.name]
+    names = {weight: weight.name for weight in weights if not weight.uses() and weight.name is not None}
+    for name in names.values():
+        del graph.initializers[name]
+    return names

@@ -20,12 +20,14 @@ KEEP = load_recipe("none")
 CAPACITY = 64  # slots of a static cache's global layers
 
 
-def canonical(checkpoint: Checkpoint, kv_cache: str = "growing") -> ir.Model:
-    return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, kv_cache)  # type: ignore[arg-type]
+def canonical(checkpoint: Checkpoint, kv_cache: str = "growing", compute: str = "float32") -> ir.Model:
+    return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, kv_cache, compute)  # type: ignore[arg-type]
 
 
-def lowered(checkpoint: Checkpoint, target: str, kv_cache: str = "growing", recipe: Recipe = KEEP) -> ir.Model:
-    model = canonical(checkpoint, kv_cache)
+def lowered(
+    checkpoint: Checkpoint, target: str, kv_cache: str = "growing", recipe: Recipe = KEEP, compute: str = "float32"
+) -> ir.Model:
+    model = canonical(checkpoint, kv_cache, compute)
     for graph_pass in (*CANONICAL_PASSES, *TARGETS[target].lowering):
         graph_pass(model, recipe)
     return model

@@ -8,6 +8,7 @@ is not changed; float32 and float16 graphs of other targets run as they are.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import onnx_ir as ir
@@ -52,6 +53,9 @@ def to_cpu_form(model: ir.Model) -> None:
 
 class _Widening:
     """Walks graphs in order and knows which values are bfloat16."""
+
+    def __init__(self) -> None:
+        self._widened: Counter[str | None] = Counter()
 
     def graph(self, graph: ir.Graph, outer: set[ir.Value]) -> set[ir.Value]:
         """Rewrite one graph; ``outer``: the bfloat16 values that it sees from outside. Returns all that are."""
@@ -101,8 +105,9 @@ class _Widening:
             if value is None or value not in narrow:
                 continue
             if value not in wide:
-                # Branches that see one value from outside cast it each, under names of their own.
-                cast = _cast(value, ir.DataType.FLOAT, f"{node.name}/{value.name}/widened")
+                # Branches, and a loop's body and the graph around it, may all widen one value: each cast has a name.
+                self._widened[value.name] += 1
+                cast = _cast(value, ir.DataType.FLOAT, f"{value.name}/widened_{self._widened[value.name]}")
                 graph.insert_before(node, cast)
                 wide[value] = cast.outputs[0]
             node.replace_input_with(index, wide[value])

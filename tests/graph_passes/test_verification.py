@@ -45,6 +45,51 @@ def test_every_pass_of_every_target_is_verified(layouts, layout, target, kv_cach
         assert report.name == graph_pass.name
 
 
+@pytest.mark.parametrize(
+    ("layout", "target", "recipe", "compute"),
+    [
+        ("maverick", "tensorrt-rtx", "fp8", "bfloat16"),
+        ("top-2", "tensorrt", "int4", "float16"),
+    ],
+)
+def test_every_pass_is_verified_in_every_compute_type(layouts, layout, target, recipe, compute):
+    checkpoint, rules = layouts[layout], load_recipe(recipe)
+    model = canonical(checkpoint, "static", compute)
+    probes = Probes(checkpoint.config, "static", compute, in_place=True)
+    for graph_pass in (*CANONICAL_PASSES, *TARGETS[target].lowering):
+        verified(graph_pass, model, rules, probes, NO_PROGRESS)
+
+
+def _negate_the_values(model: ir.Model, recipe: Any) -> Outcome:
+    insert_after(model, "layers.1/self_attn/v_proj", "Neg")
+    return Outcome(1)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])
+def test_rounded_activations_hide_no_wrong_pass(scout, compute):
+    """Their tolerance is wide, because a rounding may fall to the other side; a wrong sign is further off."""
+    probes = Probes(scout.config, "growing", compute)
+    with pytest.raises(CheckFailed, match=r"pass negate: inside a chunk: .* differs by"):
+        verified(
+            Pass("negate", "does harm", _negate_the_values),
+            canonical(scout, "growing", compute),
+            load_recipe("fp8"),
+            probes,
+            NO_PROGRESS,
+        )
+
+
+def test_probes_of_in_place_graphs_stay_in_a_chunk_with_padding_last(scout):
+    probes = Probes(scout.config, "static", "bfloat16", in_place=True)
+    for name, feeds in probe_feeds(probes):
+        new = feeds["input_ids"].shape[1]
+        mask = feeds["attention_mask"]
+        lengths = mask[:, :-new].sum(axis=1)
+        assert (lengths % 8 + new <= 8).all(), name
+        assert (np.diff(mask[:, -new:], axis=1) <= 0).all(), name
+        assert {feeds[f"past_key_values.{i}.key"].dtype.name for i in range(4)} == {"bfloat16"}
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 def test_chunks_of_any_size(tmp_path, chunk):
     checkpoint = open_checkpoint(write_random_checkpoint(tmp_path, attention_chunk_size=chunk, num_hidden_layers=2))

@@ -81,6 +81,50 @@ def test_a_target_overrides_only_what_it_names() -> None:
     assert (cpu.reference.mean_kl, cpu.reference.min_top1) == (0.2, 0.9)
 
 
+COMPUTE = (
+    HEAD
+    + "[reference]\nmean_kl = 0.1\nmin_top1 = 0.9\np99_kl = 1\n[drift]\nmax_rel_logit = 0.01\n"
+    + "[target.tensorrt-rtx.reference]\nmean_kl = 0.3\n"  # before the tables that it has precedence over
+    + "[compute.bfloat16.reference]\nmean_kl = 0.2\nmin_top1 = 0.8\n[compute.bfloat16.drift]\nmax_rel_logit = 0.5\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "compute", "expected"),
+    [
+        ("cpu", "float32", (0.1, 0.9, 1, 0.01)),
+        ("cpu", "float16", (0.1, 0.9, 1, 0.01)),  # another type has no tables here
+        ("cpu", "bfloat16", (0.2, 0.8, 1, 0.5)),
+        ("tensorrt-rtx", "float32", (0.3, 0.9, 1, 0.01)),
+        ("tensorrt-rtx", "bfloat16", (0.3, 0.8, 1, 0.5)),  # the target's word is the last
+    ],
+)
+def test_a_compute_type_overrides_and_a_target_overrides_that(
+    target: str, compute: str, expected: tuple[float, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(COMPUTE)
+    policy = load_policy(file, target, compute)
+    reference = policy.reference
+    assert (reference.mean_kl, reference.min_top1, reference.p99_kl, policy.drift.max_rel_logit) == expected
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("recipe", ["none", "int4", "fp8", "fp8-experts"])
+def test_16_bits_have_limits_of_their_own_that_a_wrong_layer_breaks(recipe: str, compute: str) -> None:
+    exact = default_policy(recipe, (), "tensorrt-rtx")
+    policy = default_policy(recipe, (), "tensorrt-rtx", compute)
+    assert policy != exact
+    assert not policy.reference.broken_by(GOOD)
+    assert not policy.drift.broken_by(GOOD)
+    for name in ("mean_kl", "max_rel_logit"):  # never stricter than float32
+        for one, other in ((policy.reference, exact.reference), (policy.drift, exact.drift)):
+            assert (getattr(one, name) or 0) >= (getattr(other, name) or 0)
+    wrong = dataclasses.replace(GOOD, mean_kl=0.5, p99_kl=3.0, top1=0.7, ppl_artifact=20.0, max_rel_logit=1.5)
+    assert len(policy.reference.broken_by(wrong)) >= 3
+    assert policy.drift.broken_by(wrong)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -98,6 +142,11 @@ def test_a_target_overrides_only_what_it_names() -> None:
         (HEAD + "[reference]\nmean_kl = inf", "mean_kl is inf"),
         (HEAD + "[reference]\nmean_kl = -1", "mean_kl is -1"),
         (HEAD + "[reference]\nmean_kl = 1\n[target]\ncpu = 1", r"\[target\.NAME\.reference\]"),
+        (HEAD + "[reference]\nmean_kl = 1\n[compute]\nbfloat16 = 1", r"\[compute\.NAME\.reference\]"),
+        (HEAD + "compute = 1\n[reference]\nmean_kl = 1", r"\[compute\.NAME\.reference\]"),
+        (HEAD + "[reference]\nmean_kl = 1\n[compute.float64.reference]\nmean_ki = 1", "unknown limit 'mean_ki'"),
+        (HEAD + "[reference]\nmean_kl = 1\n[compute.float16]\nmean_kl = 1", "unknown table or key 'mean_kl'"),
+        (HEAD + "[compute.bfloat16.reference]\nmean_kl = 1", "limits nothing"),
         (HEAD + "[reference]\nmean_kl = 1\n[target.tpu.reference]\nmean_ki = 1", "unknown limit 'mean_ki'"),
     ],
 )

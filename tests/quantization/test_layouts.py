@@ -17,7 +17,7 @@ from onnx import helper
 
 from l4convert.checkpoint.lazy import Constant, InterleavedHalves, LazyTensor
 from l4convert.quantization.int4 import quantize_int4
-from l4convert.quantization.layouts import matmul_nbits, pack, qmoe, unpack, unpack_matmul_nbits
+from l4convert.quantization.layouts import matmul_nbits, pack, qmoe, unpack, unpack_matmul_nbits, words
 
 INT4_VALUES = st.integers(-8, 7)
 
@@ -176,3 +176,23 @@ def test_dequantize_linear_agrees(shape: tuple[int, ...]) -> None:
     node = helper.make_node("DequantizeLinear", ["q", "s"], ["y"], axis=-1, block_size=32)
     got = run(node, {"s": scales.numpy()}, {"q": values})
     np.testing.assert_array_equal(got, dequantized(values, scales, 32))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.float8_e4m3fn])
+def test_words_are_the_stored_bytes(dtype: Any) -> None:
+    """As onnx stores the values: four or eight of them are one little-endian word."""
+    values = random(3, 5, 16).astype(dtype)
+    tensor = words(Constant(values))
+    stored = ir.Tensor(values, dtype=ir.DataType.from_numpy(values.dtype)).tobytes()
+    codes = 8 if dtype is ml_dtypes.int4 else 4
+    assert (tensor.dtype, tensor.shape) == (ir.DataType.INT32, (3, 5, 16 // codes))
+    assert tensor.tobytes() == stored
+    expected = np.frombuffer(stored, "<i4").reshape(tensor.shape)
+    assert np.array_equal(tensor.numpy(), expected)
+    assert np.array_equal(tensor.tile(2, slice(1, 4), slice(1, 2)), expected[2, 1:4, 1:2])
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(ml_dtypes.int4, 12), (ml_dtypes.float8_e4m3fn, 6)])
+def test_words_need_whole_rows(dtype: Any, width: int) -> None:
+    with pytest.raises(ValueError, match="rows are not a whole number of words"):
+        words(Constant(np.zeros((2, 4, width), dtype)))
