@@ -25,6 +25,7 @@ from l4convert.graph_passes.editing import (
     replace_node,
     spec_of,
 )
+from l4convert.graph_passes.expert_rows import scaled_rows, sort_rows, sum_choices
 from l4convert.graph_passes.quantize_weights import is_moe
 from l4convert.plugins.moe.definition import Inputs, MoESpec, swiglu
 from l4convert.quantization.activations import token_scales
@@ -90,41 +91,14 @@ def _matrices(graph: ir.Graph, weight: ir.Value, experts: int) -> list[_Matrix] 
 
 
 def _build(b: Builder, spec: MoESpec, inputs: Inputs, gate_up: list[_Matrix], down: list[_Matrix]) -> ir.Value:
-    top, chosen = b.node("TopK", [inputs.router_logits, b.constant([spec.top_k])], outputs=2, axis=-1)
-    x = b.op("Unsqueeze", to_float32(b, inputs.x, spec.compute), b.constant([1]))
-    scaled = b.op("Mul", x, b.op("Unsqueeze", b.op("Sigmoid", top), b.constant([2])))
-    scaled = b.reshape(from_float32(b, scaled, spec.compute), [-1, spec.hidden_size])
-    counts, place = _route(b, spec, b.reshape(chosen, [-1]))
+    scaled, chosen = scaled_rows(b, spec, inputs)
+    counts, _, _, place = sort_rows(b, spec, chosen)
     row = b.op("Range", b.constant(0), b.op("Squeeze", b.dim(place, 0)), b.constant(1))
     order = b.op("ScatterElements", row, place, row, axis=0)
     hidden = _products(b, spec, b.op("Gather", scaled, order, axis=0), counts, gate_up)
     gate, up = b.node("Split", [hidden], outputs=2, axis=-1, num_outputs=2)
     result = _products(b, spec, swiglu(b, gate, up, spec.compute), counts, down)
-    result = b.op("Gather", result, place, axis=0)
-    if spec.top_k == 1:
-        return result
-    grouped = b.reshape(to_float32(b, result, spec.compute), [-1, spec.top_k, spec.hidden_size])
-    return from_float32(b, b.op("ReduceSum", grouped, b.constant([1]), keepdims=0), spec.compute)
-
-
-def _route(b: Builder, spec: MoESpec, chosen: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Where rows go. Row t*k + i is the i-th choice of token t.
-
-    Args:
-        b: Where the nodes go.
-        spec: The op's attributes.
-        chosen: The expert of each row, int64 [R].
-
-    Returns:
-        How many rows each expert has, int64 [E], and each row's place among the rows sorted by expert, int64 [R].
-    """
-    hit = b.op("Equal", b.op("Unsqueeze", chosen, b.constant([1])), b.constant(np.arange(spec.num_experts)))
-    one_hot = b.op("Cast", hit, to=int(ir.DataType.INT64))
-    counts = b.op("ReduceSum", one_hot, b.constant([0]), keepdims=0)
-    starts = b.op("Sub", b.op("CumSum", counts, b.constant(0)), counts)
-    nth = b.op("Sub", b.op("CumSum", one_hot, b.constant(0)), b.constant(1))
-    place = b.op("ReduceSum", b.op("Mul", one_hot, b.op("Add", nth, starts)), b.constant([1]), keepdims=0)
-    return counts, place
+    return sum_choices(b, spec, b.op("Gather", result, place, axis=0))
 
 
 def _products(b: Builder, spec: MoESpec, rows: ir.Value, counts: ir.Value, matrices: Sequence[_Matrix]) -> ir.Value:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
-from l4convert.frontend.compute import COMPUTE_TYPES, from_float32, to_float32
+from l4convert.frontend.compute import COMPUTE_TYPES
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import (
     add_initializer,
@@ -28,6 +28,7 @@ from l4convert.graph_passes.editing import (
     replace_node,
     spec_of,
 )
+from l4convert.graph_passes.expert_rows import scaled_rows, sort_rows, sum_choices
 from l4convert.graph_passes.quantize_weights import is_moe
 from l4convert.plugins.moe.definition import Inputs, MoESpec, swiglu
 from l4convert.quantization import layouts
@@ -179,35 +180,17 @@ class _Routing(NamedTuple):
 
 
 def _build(b: Builder, spec: MoESpec, inputs: Inputs, gate_up: _Experts, down: _Experts) -> ir.Value:
-    top, chosen = b.node("TopK", [inputs.router_logits, b.constant([spec.top_k])], outputs=2, axis=-1)
-    x = b.op("Unsqueeze", to_float32(b, inputs.x, spec.compute), b.constant([1]))
-    scaled = b.op("Mul", x, b.op("Unsqueeze", b.op("Sigmoid", top), b.constant([2])))
-    scaled = b.reshape(from_float32(b, scaled, spec.compute), [-1, spec.hidden_size])
-    routing = _route(b, spec, b.reshape(chosen, [-1]))
+    scaled, chosen = scaled_rows(b, spec, inputs)
+    routing = _route(b, spec, chosen)
     total = _loop(b, spec, routing, scaled, gate_up, down)
     rows = b.slice(total, b.constant([0]), b.op("Unsqueeze", routing.rows, b.constant([0])), axis=0)
-    if spec.top_k == 1:
-        return rows
-    grouped = b.reshape(to_float32(b, rows, spec.compute), [-1, spec.top_k, spec.hidden_size])
-    return from_float32(b, b.op("ReduceSum", grouped, b.constant([1]), keepdims=0), spec.compute)
+    return sum_choices(b, spec, rows)
 
 
 def _route(b: Builder, spec: MoESpec, chosen: ir.Value) -> _Routing:
-    """Sort rows by expert with running counts: TensorRT's own sort, TopK, takes no more than 3840 elements.
-
-    Args:
-        b: Where the nodes go.
-        spec: The op's attributes.
-        chosen: The expert of each row, int64 [R].
-    """
+    """Sort rows by expert and cut each expert's into tiles; ``chosen``: the expert of each row, int64 [R]."""
+    counts, starts, ends, place = sort_rows(b, spec, chosen)
     one = b.constant(1)
-    hit = b.op("Equal", b.op("Unsqueeze", chosen, b.constant([1])), b.constant(np.arange(spec.num_experts)))
-    one_hot = b.op("Cast", hit, to=int(ir.DataType.INT64))
-    counts = b.op("ReduceSum", one_hot, b.constant([0]), keepdims=0)
-    ends = b.op("CumSum", counts, b.constant(0))
-    starts = b.op("Sub", ends, counts)
-    nth = b.op("Sub", b.op("CumSum", one_hot, b.constant(0)), one)
-    place = b.op("ReduceSum", b.op("Mul", one_hot, b.op("Add", nth, starts)), b.constant([1]), keepdims=0)
     rows = b.op("Squeeze", b.dim(chosen, 0))
     row = b.op("Range", b.constant(0), rows, one)
     order = b.op("ScatterElements", b.op("Mul", row, b.constant(0)), place, row, axis=0)
