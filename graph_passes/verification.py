@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig
+from l4convert.emit.memory import available_bytes
 from l4convert.errors import CheckFailed, InputError
 from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType
 from l4convert.graph_passes.base import Pass, PassReport
@@ -149,19 +150,10 @@ def _check_memory(model: ir.Model) -> None:
     """The graph runs in float32, once as a file and once in a session."""
     elements = sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value)
     needed = 2 * 4 * elements
-    available = _available_memory()
-    if needed > available:
+    available = available_bytes()
+    if available is not None and needed > available:
         raise InputError(
             f"--verify-passes runs the graph, which takes about {needed / 1e9:.1f} GB of memory;"
             f" {available / 1e9:.1f} GB are free",
             "verify on a checkpoint of the same layout with fewer or smaller layers",
         )
-
-
-def _available_memory() -> int:
-    """Bytes, from /proc/meminfo; without it, no limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 1 << 62
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

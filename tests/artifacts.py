@@ -10,6 +10,8 @@ from l4convert.checkpoint import open_checkpoint
 from l4convert.emit import write_artifact
 from l4convert.frontend.decoder import build_decoder
 
+#: Tokens of the text that sessions are fed: chunks of 8, four boundaries inside.
+LENGTH = 37
 KV_CACHES = ("growing", "static", "windowed")
 
 

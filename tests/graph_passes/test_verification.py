@@ -182,7 +182,7 @@ def test_a_pass_in_the_table_that_is_broken_stops_the_conversion(scout, tmp_path
 
 
 def test_a_graph_that_does_not_fit_in_memory_is_refused_before_it_runs(scout, monkeypatch):
-    monkeypatch.setattr(verification, "_available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(verification, "available_bytes", lambda: 1_000_000)
     model = canonical(scout)
     with pytest.raises(InputError, match=r"takes about 0\.0 GB of memory; 0\.0 GB are free"):
         verified(CANONICAL_PASSES[0], model, NONE, Probes(scout.config, "growing"), NO_PROGRESS)

@@ -1,13 +1,14 @@
-"""One small artifact in each form of the cache."""
+"""One small artifact in each form of the cache, a text, and what transformers says of it."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.artifacts import KV_CACHES, write_canonical_artifact
+from tests.artifacts import KV_CACHES, LENGTH, write_canonical_artifact
 from tests.runtime.fake_device import add_engines
 
 
@@ -28,3 +29,19 @@ def built(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         shutil.copytree(artifacts["static"], made[name])
         add_engines(made[name], cuts=cuts, **changes)
     return made
+
+
+@pytest.fixture(scope="session")
+def ids() -> np.ndarray:
+    return np.random.default_rng(1).integers(3, 128, LENGTH)
+
+
+@pytest.fixture(scope="session")
+def expected(scout_layout: Path, ids: np.ndarray) -> np.ndarray:
+    import torch
+    from transformers import Llama4ForCausalLM
+
+    model = Llama4ForCausalLM.from_pretrained(scout_layout, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+    return logits

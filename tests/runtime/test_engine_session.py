@@ -12,27 +12,11 @@ from hypothesis import strategies as st
 
 from l4convert.runtime import Sampler, SamplingOptions, generate
 from l4convert.runtime.runner import last_logits
+from tests.artifacts import LENGTH
 from tests.runtime.fake_device import CONTEXT, PREFILL, FakeDevice, add_engines, opened
 
-LENGTH = 37  # chunks of 8: four boundaries inside
 DECODE, PREFILLING = 1, 0  # indices of the profiles
 GREEDY = SamplingOptions(temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def ids() -> np.ndarray:
-    return np.random.default_rng(1).integers(3, 128, LENGTH)
-
-
-@pytest.fixture(scope="module")
-def expected(scout_layout: Path, ids: np.ndarray) -> np.ndarray:
-    import torch
-    from transformers import Llama4ForCausalLM
-
-    model = Llama4ForCausalLM.from_pretrained(scout_layout, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.no_grad():
-        logits: np.ndarray = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
-    return logits
 
 
 def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
