@@ -1,0 +1,73 @@
+"""How keys and values are stored in a quantized cache: symmetric, with scales that calibration finds on a text.
+
+A stored element is ``code = clip(round_half_even(x / scale), lowest, highest)`` (FP8: the nearest E4M3 number, saturated),
+and stands for ``code * scale``. Scales are float32, one a key/value head or one a channel of a head.
+
+INT4 codes lie two in a byte, along the head's width: element 2j in the low half, 2j+1 in the high half, each plus 8.
+That is the layout of ONNX Runtime's GroupQueryAttention (``kv_cache_bit_width`` 4), so one layout serves all targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+KvDtype = Literal["fp8", "int8", "int4"]
+Granularity = Literal["head", "channel"]
+Layers = Literal["all", "global"]
+
+
+@dataclass(frozen=True)
+class KvFormat:
+    """What one format of elements is.
+
+    Attributes:
+        storage: Element type of the graph's cache inputs and outputs.
+        packing: Codes in one stored element.
+        highest: Largest code; a scale maps the calibrated maximum to it.
+        lowest: Smallest code.
+    """
+
+    storage: ir.DataType
+    packing: int
+    highest: float
+    lowest: float
+
+
+#: E4M3's largest finite number: OCP 8-bit Floating Point Specification 1.0, table 1.
+KV_FORMATS: Mapping[KvDtype, KvFormat] = {
+    "fp8": KvFormat(ir.DataType.FLOAT8E4M3FN, 1, 448.0, -448.0),
+    "int8": KvFormat(ir.DataType.INT8, 1, 127.0, -128.0),
+    "int4": KvFormat(ir.DataType.UINT8, 2, 7.0, -8.0),
+}
+
+
+@dataclass(frozen=True)
+class KvScheme:
+    """How the caches of a model are quantized.
+
+    Attributes:
+        dtype: Format of the elements.
+        granularity: What shares a scale: a head, or one channel of a head.
+        layers: Which layers: all, or those that see the whole context.
+    """
+
+    dtype: KvDtype
+    granularity: Granularity = "channel"
+    layers: Layers = "all"
+
+    @property
+    def format(self) -> KvFormat:
+        """Of the elements."""
+        return KV_FORMATS[self.dtype]
+
+    def covers(self, chunked: bool) -> bool:
+        """Whether a layer of this kind is quantized."""
+        return self.layers == "all" or not chunked
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest and recipes."""
+        return {"dtype": self.dtype, "granularity": self.granularity, "layers": self.layers}
