@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import onnx_ir as ir
 
@@ -71,3 +71,24 @@ class KvScheme:
     def to_dict(self) -> dict[str, Any]:
         """For the manifest and recipes."""
         return {"dtype": self.dtype, "granularity": self.granularity, "layers": self.layers}
+
+
+def kv_scheme(dtype: str, granularity: str | None = None, layers: str | None = None) -> KvScheme:
+    """A scheme from its words.
+
+    Args:
+        dtype: One of :data:`KvDtype`.
+        granularity: Default: "head" for FP8, whose steps follow the size of a number, so that small channels keep their
+            precision beside large ones; "channel" for integers.
+        layers: Default: all.
+
+    Raises:
+        ValueError: A word that means nothing; the message lists those that do.
+    """
+    granularity = granularity or ("head" if dtype == "fp8" else "channel")
+    layers = layers or "all"
+    words = (("dtype", dtype, KvDtype), ("granularity", granularity, Granularity), ("layers", layers, Layers))
+    for name, word, known in words:
+        if word not in get_args(known):
+            raise ValueError(f"{name} {word!r} is not possible; it is one of {', '.join(get_args(known))}")
+    return KvScheme(cast("KvDtype", dtype), cast("Granularity", granularity), cast("Layers", layers))
