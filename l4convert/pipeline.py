@@ -29,10 +29,12 @@ from l4convert.planning import ConversionPlan, TimePlan
 from l4convert.planning.disk import existing_parent, plan_disk
 from l4convert.planning.estimate import estimate_time, noise_tensors, sample_layers
 from l4convert.planning.memory import plan_memory
-from l4convert.planning.serving import Artifact, ServingPlan, Wanted, plan_serving
+from l4convert.planning.serving import plan_serving
 from l4convert.planning.sharing import SharingPlan, plan_sharing
 from l4convert.planning.tensors import TensorPlan, tensor_plans
 from l4convert.planning.tokens import parse_context
+from l4convert.planning.use import Artifact, ServingPlan, Wanted
+from l4convert.planning.working import PREFILL_TOKENS
 from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules
 from l4convert.runtime.client_files import client_files
@@ -91,7 +93,8 @@ class PlanOptions(_HowOptions):
     """What ``l4convert plan`` is asked for: a checkpoint or a preset, how it would be converted, and its use.
 
     ``target`` may be a hardware profile, too: then the artifact is for its first runtime, and what fits is planned.
-    ``context`` (as "1M"), ``batch`` and ``tensor_parallel`` are those of :class:`l4convert.planning.serving.Wanted`.
+    ``context`` (as "1M"), ``batch``, ``prefill_tokens`` and ``tensor_parallel`` are those of
+    :class:`l4convert.planning.use.Wanted`.
     """
 
     checkpoint: Path | None = None
@@ -99,6 +102,7 @@ class PlanOptions(_HowOptions):
     output: Path | None = None
     context: str | None = None
     batch: int = 1
+    prefill_tokens: int = PREFILL_TOKENS
     tensor_parallel: int | None = None
 
 
@@ -290,7 +294,8 @@ def _serving(conversion: _Conversion, table: tuple[TensorPlan, ...]) -> ServingP
     compute: Any = conversion.compute
     artifact = Artifact(config, table, conversion.recipe, conversion.target.name, conversion.kv_cache, compute)
     context = None if options.context is None else parse_context(options.context, config.max_position_embeddings)
-    return plan_serving(artifact, Wanted(context, options.batch, options.tensor_parallel, conversion.hardware))
+    use = Wanted(context, options.batch, options.prefill_tokens, options.tensor_parallel, conversion.hardware)
+    return plan_serving(artifact, use)
 
 
 def _planned_files(conversion: _Conversion) -> dict[str, int]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from l4convert.cli._render import fields, size, table
 from l4convert.planning.figures import Figure
-from l4convert.planning.serving import CacheRow, ServingPlan
 from l4convert.planning.speed import Layout
 from l4convert.planning.tokens import short_tokens
+from l4convert.planning.use import CacheRow, ServingPlan
 
 
 def serving_payload(plan: ServingPlan) -> dict[str, Any]:
@@ -19,6 +19,7 @@ def serving_payload(plan: ServingPlan) -> dict[str, Any]:
         "memory_bytes": plan.memory,
         "bandwidth_bytes_per_second": plan.bandwidth,
         "batch": plan.batch,
+        "prefill_tokens": plan.prefill_tokens,
         "context": plan.context,
         "caches": [_row_payload(row) for row in plan.rows],
         "arithmetic": {title: [dataclasses.asdict(f) for f in lines] for title, lines in plan.sections.items()},
@@ -58,7 +59,8 @@ def serving_text(plan: ServingPlan, explain: bool) -> str:
     parts.append("\n".join(reasons)) if reasons else None
     if "memory" in plan.sections:
         parts.append(_budget_table(plan))
-    parts += [f"note: {note}" for note in plan.notes]
+    if plan.notes:
+        parts.append("\n".join(f"note: {note}" for note in plan.notes))
     if explain:
         parts.append(_explanation(plan))
     return "\n\n".join(parts)
@@ -66,12 +68,12 @@ def serving_text(plan: ServingPlan, explain: bool) -> str:
 
 def _heading(plan: ServingPlan) -> str:
     speed = "" if plan.bandwidth is None else f", {size(plan.bandwidth)}/s"
-    memory = "memory not known" if plan.memory is None else f"{size(plan.memory)}{speed}"
-    machine = plan.machine or "anywhere"
+    memory = "" if plan.memory is None else f": {size(plan.memory)}{speed}"
+    summary = f" ({plan.summary})" if plan.summary else ""
     rows: list[tuple[str, object]] = [
-        ("in use on", f"{machine}: {memory}{f' ({plan.summary})' if plan.summary else ''}")
+        ("in use on", f"{plan.machine or '(no hardware named)'}{memory}{summary}"),
+        ("batch", plan.batch),
     ]
-    rows.append(("batch", plan.batch))
     if plan.context is not None:
         rows.append(("context", f"{short_tokens(plan.context)} = {plan.context:,} tokens"))
     return fields(rows)
@@ -138,7 +140,8 @@ def _budget_table(plan: ServingPlan) -> str:
 def _explanation(plan: ServingPlan) -> str:
     caches = plan.chosen.caches.dtype
     return "\n\n".join(
-        f"{title} ({caches} caches)\n" + "\n".join(map(_line, lines)) for title, lines in plan.sections.items()
+        f"{title}{'' if title == 'hardware' else f' ({caches} caches)'}\n" + "\n".join(map(_line, lines))
+        for title, lines in plan.sections.items()
     )
 
 
@@ -147,7 +150,7 @@ def _line(figure: Figure) -> str:
         f"{figure.value:,.0f}" if figure.value >= 1000 or figure.value == int(figure.value) else f"{figure.value:.4g}"
     )
     source = f"  [{figure.source}]" if figure.source else ""
-    return f"  {figure.name} = {figure.arithmetic} = {value} {figure.unit}{source}"
+    return f"  {figure.name}: {value} {figure.unit} = {figure.arithmetic}{source}"
 
 
 def _name(row: CacheRow, plan: ServingPlan) -> str:
@@ -162,9 +165,10 @@ def _reason(row: CacheRow) -> str:
     extra = f" ({layout.tensor} x {layout.context})" if layout.context > 1 else ""
     more = ""
     if row.by_bytes is not None and row.by_bytes < layout.gpus:
-        more = f"; by bytes alone {row.by_bytes}"
+        more = f"; weights and caches alone are the memory of {row.by_bytes}"
     if row.fewest is not None:
-        more += f"; {row.fewest.gpus} if {row.fewest.context} groups of {row.fewest.tensor} share the tokens"
+        each = "" if row.fewest.tensor == 1 else f" groups of {row.fewest.tensor}"
+        more += f"; {row.fewest.gpus} if {row.fewest.context}{each} share the tokens"
     return f"{gpus}{extra}: {row.reason}{more}"
 
 

@@ -40,6 +40,8 @@ Exit code 3 when the disk at OUT is too small, with the missing bytes named.
 @click.option("--context", metavar="TOKENS", help="Tokens of a sequence, as 128k or 1M; else the largest that fits.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
               help="Sequences at once.")  # fmt: skip
+@click.option("--prefill-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
+              help="New tokens of a call that reads a prompt.")  # fmt: skip
 @click.option("--tensor-parallel", type=click.IntRange(min=1), metavar="N",
               help="GPUs that share the heads.  [default: as few as fit]")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Print every number with its arithmetic and source.")

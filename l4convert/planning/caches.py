@@ -104,9 +104,17 @@ class Caches:
         """The caches on one of ``tensor_parallel`` GPUs: its share of the heads, at least one."""
         return replace(self, heads=max(1, self.heads // tensor_parallel))
 
-    def figures(self, batch: int, tokens: int) -> list[Figure]:
-        """The bytes of :meth:`bytes`, as often as a call holds them, and the scales."""
-        sizes = self.bytes(batch, tokens)
+    def figures(self, batch: int, tokens: int, groups: int = 1) -> list[Figure]:
+        """The bytes of :meth:`bytes` on one GPU, as often as a call holds them, and the scales.
+
+        Args:
+            batch: Sequences.
+            tokens: Of each.
+            groups: Of GPUs that share the tokens of global layers; chunked layers have theirs in every group.
+        """
+        share = -(-tokens // groups)
+        near = self.bytes(batch, tokens)["chunked"]
+        sizes = {"global": self.bytes(batch, share)["global"], "chunked": near}
         twice = "" if self.copies == 1 else f"{self.copies} (past and present) x "
         kinds = (("global", False, self.global_layers), ("chunked", True, self.chunked_layers))
         lines = [
@@ -115,7 +123,7 @@ class Caches:
                 self.copies * sizes[kind],
                 "B",
                 f"{twice}batch {batch} x {layers} layers x 2 (key, value) x {self.heads} heads x {self.width}"
-                f" x {_element(self, chunked)} x {self.slots(chunked, tokens):,} {self._reach(chunked)}",
+                f" x {_element(self, chunked)} x {self._reach(chunked, tokens, groups)}",
             )
             for kind, chunked, layers in kinds
         ]
@@ -124,8 +132,12 @@ class Caches:
             lines.append(Figure("scales of the caches", self.scale_bytes, "B", arithmetic))
         return lines
 
-    def _reach(self, chunked: bool) -> str:
-        return f"slots (at most a chunk, {self.chunk:,})" if chunked and self.form != "growing" else "tokens"
+    def _reach(self, chunked: bool, tokens: int, groups: int) -> str:
+        if chunked and self.form != "growing":
+            return f"{self.slots(chunked, tokens):,} slots; at most a chunk"
+        if chunked or groups == 1:
+            return f"{tokens:,} tokens"
+        return f"{-(-tokens // groups):,} tokens; {tokens:,} shared by {groups} groups"
 
 
 def cache_choices(config: DecoderConfig, form: str, compute: ComputeType, chosen: KvScheme | None) -> list[Caches]:

@@ -11,7 +11,7 @@ from l4convert.planning.caches import Caches
 from l4convert.planning.figures import Figure
 from l4convert.planning.shards import Weights
 from l4convert.planning.speed import Layout
-from l4convert.planning.working import prefill_call, runtime_figure, working_figures
+from l4convert.planning.working import Call, element_bytes, prefill_tokens, runtime_figure, working_figures
 from l4convert.progress import format_amount
 
 # More groups of GPUs than this are no answer that anyone can use.
@@ -24,6 +24,7 @@ class Deployment:
 
     Attributes:
         memory: Bytes of one GPU, or of the host.
+        prefill_tokens: Most new tokens of a call.
         host: There is no second one.
         degrees: Degrees of tensor parallelism that may be chosen, ascending.
     """
@@ -35,16 +36,18 @@ class Deployment:
     memory: int
     batch: int
     degrees: tuple[int, ...]
+    prefill_tokens: int
     host: bool = False
 
     def budget(self, caches: Caches, context: int, layout: Layout) -> list[Figure]:
         """What each GPU holds while the last part of a prompt of this length is read."""
         own = caches.rank(layout.tensor)
         tokens = -(-context // layout.context)
-        call = prefill_call(self.config, self.target, self.batch, tokens, layout.tensor, self.compute, caches)
+        new = prefill_tokens(self.config, self.target, self.batch, tokens, self.prefill_tokens)
+        call = Call(self.config, self.batch, new, tokens, layout.tensor, element_bytes(self.compute), own)
         return [
             self.weights.figure(layout.tensor),
-            *_cache_figures(own, self.batch, context, layout),
+            *own.figures(self.batch, context, layout.context),
             *working_figures(self.target, call),
             runtime_figure(self.target, self.config),
         ]
@@ -110,7 +113,10 @@ class Deployment:
             return f"{_gb(self.used(caches, context, Layout(1)) - self.memory)} too much"
         if layout is None:
             least = self.used(caches, 0, Layout(self.degrees[-1]))
-            return f"{_gb(least)} are on each GPU whatever the context; it has {_gb(self.memory)}"
+            return (
+                f"{_gb(least)} are on each of {self.degrees[-1]} GPUs whatever the context; it has {_gb(self.memory)}"
+                " (layers would have to be divided, too, which is not planned)"
+            )
         if layout.gpus == 1:
             return f"one holds all of it, {_gb(self.memory - self.used(caches, context, layout))} are left"
         fewer = [n for n in self.degrees if n < layout.tensor]
@@ -127,17 +133,6 @@ class Deployment:
         less = "one" if fewer[-1] == 1 else f"each of {fewer[-1]}"
         degrees = ", ".join(map(str, self.degrees))
         return f"{less} would hold {_gb(over)} too much, and {heads} key/value heads are divided evenly by {degrees}"
-
-
-def _cache_figures(caches: Caches, batch: int, context: int, layout: Layout) -> list[Figure]:
-    """Caches on one GPU; tokens of global layers are shared out, chunked layers have theirs on every group."""
-    figures = caches.figures(batch, context)
-    if layout.context == 1:
-        return figures
-    share = caches.bytes(batch, -(-context // layout.context))["global"] * caches.copies
-    whole = figures[0]
-    arithmetic = f"{whole.arithmetic} / {layout.context} groups, rounded up"
-    return [Figure(whole.name, share, whole.unit, arithmetic), *figures[1:]]
 
 
 def _gb(nbytes: float) -> str:

@@ -12,9 +12,9 @@ from l4convert.graph_passes import PassReport
 from l4convert.planning.disk import DiskPlan
 from l4convert.planning.estimate import TimePlan
 from l4convert.planning.memory import MemoryPlan
-from l4convert.planning.serving import ServingPlan
 from l4convert.planning.sharing import SharingPlan
 from l4convert.planning.tensors import KINDS, TensorPlan
+from l4convert.planning.use import ServingPlan
 
 
 @dataclass(frozen=True)

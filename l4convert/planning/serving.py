@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit.memory import available_bytes
-from l4convert.frontend.compute import ComputeType
 from l4convert.planning.caches import Caches, cache_choices
 from l4convert.planning.figures import Figure, total
 from l4convert.planning.fit import Deployment
@@ -22,7 +20,7 @@ from l4convert.planning.speed import (
     step_flops,
     visible_keys,
 )
-from l4convert.planning.tensors import TensorPlan
+from l4convert.planning.use import Artifact, CacheRow, ServingPlan, Wanted
 from l4convert.quantization.recipe import Recipe
 from l4convert.targets.hardware import Hardware
 
@@ -32,97 +30,6 @@ _RATE_NAMES: Mapping[str, tuple[str, ...]] = {
     "float16": ("fp16", "bf16"),
     "float32": ("fp32",),
 }
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What was asked for.
-
-    Attributes:
-        context: Tokens; None: the largest context is looked for.
-        batch: Sequences at once.
-        tensor_parallel: Degree; None: the least that fits.
-        hardware: None where only a conversion target was named.
-    """
-
-    context: int | None
-    batch: int
-    tensor_parallel: int | None
-    hardware: Hardware | None
-
-
-@dataclass(frozen=True)
-class CacheRow:
-    """One type that the caches can have.
-
-    Attributes:
-        chosen: Whether the recipe stores them so.
-        largest: Degree of tensor parallelism -> largest context; empty where the memory is not known.
-        context: What the other fields are for: the context asked for, or the largest on the fewest GPUs.
-        cache_bytes: Of all sequences, on all GPUs together, held once.
-        layout: GPUs; None: it fits on no number of them, or the memory is not known.
-        used: Bytes on each GPU.
-        reason: Why so many.
-        by_bytes: GPUs if bytes could be cut anywhere.
-        fewest: Fewer GPUs than ``layout``'s, where splitting tokens earlier gives that.
-        decode: Tokens a second of the whole batch, at most.
-    """
-
-    caches: Caches
-    chosen: bool
-    largest: Mapping[int, int]
-    context: int
-    cache_bytes: int
-    layout: Layout | None
-    used: float | None
-    reason: str
-    by_bytes: int | None
-    fewest: Layout | None
-    decode: float | None
-
-
-@dataclass(frozen=True)
-class ServingPlan:
-    """Memory and speed of an artifact in use.
-
-    Attributes:
-        machine: Name of the hardware profile; ``this machine`` for targets of the CPU; None: memory is not known.
-        memory: Bytes of one GPU, or of the machine.
-        context: As asked for.
-        sections: Title to figures, for the chosen type of caches; the last figure of a section is its result.
-        notes: What the numbers leave out here.
-    """
-
-    machine: str | None
-    summary: str
-    memory: int | None
-    bandwidth: int | None
-    batch: int
-    context: int | None
-    rows: tuple[CacheRow, ...]
-    sections: Mapping[str, tuple[Figure, ...]]
-    notes: tuple[str, ...]
-
-    @property
-    def chosen(self) -> CacheRow:
-        """The row of the recipe."""
-        return next(row for row in self.rows if row.chosen)
-
-    def result(self, section: str) -> Figure | None:
-        """The last figure of a section."""
-        return self.sections[section][-1] if section in self.sections else None
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """What is planned with: a model, lowered and quantized."""
-
-    config: DecoderConfig
-    table: tuple[TensorPlan, ...]
-    recipe: Recipe
-    target: str
-    form: str
-    compute: ComputeType
 
 
 def plan_serving(artifact: Artifact, wanted: Wanted) -> ServingPlan:
@@ -166,23 +73,25 @@ class _Serving:
             memory=self.memory,
             bandwidth=self.rates.bandwidth,
             batch=wanted.batch,
+            prefill_tokens=wanted.prefill_tokens,
             context=wanted.context,
             rows=rows,
             sections=sections,
-            notes=tuple(self.notes(rows)),
+            notes=tuple(self.notes(rows, sections)),
         )
 
     def deployment(self, memory: int) -> Deployment:
-        artifact = self.artifact
+        artifact, wanted = self.artifact, self.wanted
         return Deployment(
-            self.config,
-            artifact.target,
-            artifact.compute,
-            self.weights,
-            memory,
-            self.wanted.batch,
-            self.degrees,
-            self.on_host,
+            config=self.config,
+            target=artifact.target,
+            compute=artifact.compute,
+            weights=self.weights,
+            memory=memory,
+            batch=wanted.batch,
+            degrees=self.degrees,
+            prefill_tokens=wanted.prefill_tokens,
+            host=self.on_host,
         )
 
     def row(self, caches: Caches) -> CacheRow:
@@ -235,7 +144,8 @@ class _Serving:
             return {"caches": (*lines, total("caches", lines))}
         there, gpus = self.deployment(self.memory), row.layout
         budget = there.budget(caches, row.context, gpus)
-        found = {"memory": (*budget, total("used on each GPU" if not self.on_host else "used", budget))}
+        found = {} if self.wanted.hardware is None else {"hardware": tuple(_hardware_figures(self.wanted.hardware))}
+        found |= {"memory": (*budget, total("used on each GPU" if not self.on_host else "used", budget))}
         found["largest context"] = tuple(self.largest(row))
         if self.wanted.context is not None and not self.on_host:
             found["GPUs"] = tuple(self.gpus(there, row))
@@ -252,10 +162,10 @@ class _Serving:
             slope = caches.rank(n).bytes_per_token * caches.copies * self.wanted.batch
             rest = used - slope * tokens
             positions = self.config.max_position_embeddings
-            limit = f", the model has {positions:,}" if tokens == positions else ""
+            limit = f"; the model has {positions:,}" if tokens == positions else ""
             arithmetic = f"({self.memory:,} - {rest:,.0f} B of all else) / {slope:,} B a token{limit}"
             if not tokens:
-                arithmetic = f"{used:,.0f} B without any token are more than {self.memory:,}"
+                arithmetic = f"0; {used:,.0f} B without any token are more than {self.memory:,}"
             name = "largest context" if self.on_host else f"largest context, {n} GPU{'s' if n > 1 else ''}"
             figures.append(Figure(name, tokens, "tokens", arithmetic))
         return figures
@@ -265,9 +175,9 @@ class _Serving:
         figures = []
         for n in self.degrees:
             used = there.used(row.caches, row.context, Layout(n))
-            verdict = "fits" if used <= there.memory else f"{used - there.memory:,.0f} B too much"
+            verdict = "it fits" if used <= there.memory else f"{used - there.memory:,.0f} B too much"
             name = f"each of {n} GPUs" if n > 1 else "one GPU"
-            figures.append(Figure(name, used, "B", f"of {there.memory:,} B: {verdict}"))
+            figures.append(Figure(name, used, "B", f"{used:,.0f}: {verdict}"))
         figures.append(there.by_bytes(row.caches, row.context))
         layout = row.layout
         arithmetic = f"{layout.tensor} by heads x {layout.context} by tokens: {row.reason}"
@@ -284,7 +194,7 @@ class _Serving:
         arithmetic = f"{tokens:,} tokens / {computing.value:.6g} s"
         return [*flops, computing, Figure("prefill bound", tokens / computing.value, "tokens/s", arithmetic)]
 
-    def notes(self, rows: tuple[CacheRow, ...]) -> list[str]:
+    def notes(self, rows: tuple[CacheRow, ...], sections: Mapping[str, tuple[Figure, ...]]) -> list[str]:
         hardware, found = self.wanted.hardware, []
         if self.memory is None:
             found.append("the memory is not known: --target also takes a GPU, as h100, or a profile of your own")
@@ -300,9 +210,29 @@ class _Serving:
             found.append(
                 "the memory is the CPU's, too: the system and its programs take a part that is not counted here"
             )
+        masks = sum(figure.value for figure in sections.get("memory", ()) if figure.name == "masks")
+        if self.memory is not None and masks > self.memory / 10:
+            found.append(
+                "masks grow with the new tokens of a call: --prefill-tokens, of plan and of build, lowers both"
+            )
         if self.on_host and self.memory is not None:
             found.append("weights are mapped from the file; they are counted as if all were in memory")
         return found
+
+
+def _hardware_figures(hardware: Hardware) -> list[Figure]:
+    """What the profile says, with its own sources."""
+    values = {
+        "memory_bytes": ("memory", hardware.memory_bytes, "B", "as sold, which the GPU's own count may exceed"),
+        "bandwidth_bytes_per_second": ("bandwidth", hardware.bandwidth_bytes_per_second, "B/s", "at its peak"),
+    }
+    known = [(key, *row) for key, row in values.items() if row[1] is not None]
+    known += [("peak_flops", f"rate in {name}", rate, "FLOP/s", "dense") for name, rate in hardware.peak_flops.items()]
+    sources = hardware.sources
+    return [
+        Figure(name, value or 0, unit, f"{value:,}: {how}", sources.get(key, ""))
+        for key, name, value, unit, how in known
+    ]
 
 
 def _rates(hardware: Hardware | None, compute: str) -> Rates:

@@ -65,7 +65,7 @@ class Weights:
         for (_, cut), nbytes in self.parts.items():
             cuts[cut] += nbytes
         if tensor_parallel == 1:
-            arithmetic = f"every tensor of the plan: {self.bytes:,}"
+            arithmetic = f"{self.bytes:,}: every tensor of the plan"
         else:
             arithmetic = " + ".join(
                 f"{nbytes:,} / {self._ways(cut, tensor_parallel)} (by {cut})"

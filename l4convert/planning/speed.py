@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.names import expected_tensors
 from l4convert.checkpoint.parameters import ROUTED
+from l4convert.graph_passes.lower_attention_to_tensor_scatter import SMALL_CACHE
 from l4convert.planning.caches import Caches
 from l4convert.planning.figures import Figure, total
 from l4convert.planning.shards import Weights
@@ -72,19 +73,21 @@ def decode_bytes(
     n, own = layout.tensor, caches.rank(layout.tensor)
     other = weights.rank(n, "other")
     figures = [
-        Figure("weights that every token uses", other, "B", f"all but routed experts and embedding: {other:,.0f}")
+        Figure("weights that every token uses", other, "B", f"{other:,.0f}: all but routed experts and embedding")
     ]
     experts = config.num_local_experts
     if weights.rank(n, "experts"):
         used = distinct_experts(experts, config.num_experts_per_tok, batch)
         value = weights.rank(n, "experts") * used / experts
-        share = f"{experts} x (1 - (1 - {config.num_experts_per_tok}/{experts})^{batch}) = {used:.3g} of {experts}"
-        arithmetic = f"{share} experts of {weights.rank(n, 'experts'):,.0f} B"
+        arithmetic = (
+            f"{weights.rank(n, 'experts'):,.0f} B x (1 - (1 - {config.num_experts_per_tok} / {experts})^{batch});"
+            f" {used:.3g} of {experts} experts are expected to be used"
+        )
         figures.append(Figure("weights of experts", value, "B", arithmetic))
         if target == "tensorrt-rtx":
             moe = sum(layer.moe for layer in config.layers)
             size = 3 * config.hidden_size * (config.intermediate_size // n) * 2
-            arithmetic = f"2 (written, read) x {moe} layers x {used:.3g} experts x {size:,} B in 16 bits"
+            arithmetic = f"2 (written, read) x {moe} layers x {used:.3g} experts x {size:,} B; in 16 bits"
             figures.append(Figure("dequantized experts", 2 * moe * used * size, "B", arithmetic, "ADR 0014"))
     return [*figures, *_cache_reads(own, target, batch, context, layout)]
 
@@ -95,25 +98,30 @@ def _cache_reads(caches: Caches, target: str, batch: int, context: int, layout: 
     seen = _visible(caches.chunk, context)
     near = float(min(context, caches.chunk)) if whole else seen
     size = {kind: caches.slot_bytes(kind) for kind in (False, True)}
-    split = f" / {layout.context} GPUs" if layout.context > 1 else ""
+    split = f"; {context:,} shared by {layout.context} groups" if layout.context > 1 else ""
     figures = [
         Figure(
             "global layers' caches",
             batch * caches.global_layers * size[False] * tokens,
             "B",
-            f"{batch} x {caches.global_layers} layers x {size[False]:,} B x {context:,} tokens{split}",
+            f"{batch} x {caches.global_layers} layers x {size[False]:,} B x {tokens:,} tokens{split}",
         ),
         Figure(
             "chunked layers' caches",
             batch * caches.chunked_layers * size[True] * near,
             "B",
             f"{batch} x {caches.chunked_layers} layers x {size[True]:,} B x {near:,.1f} tokens"
-            + (" (read whole, ADR 0014)" if whole else " (a chunk's mean, (C + 1) / 2)" if near < context else ""),
+            + ("; read whole, ADR 0014" if whole else "; a chunk's mean, (C + 1) / 2" if near < context else ""),
         ),
     ]
+    if whole and tokens > SMALL_CACHE:
+        copy = 2 * caches.heads * caches.width * 2
+        arithmetic = f"2 (written, read) x {batch} x {caches.global_layers} layers x {copy:,} B x {tokens:,} tokens"
+        value = 2 * batch * caches.global_layers * copy * tokens
+        figures.append(Figure("copies of large caches", value, "B", arithmetic, "ADR 0014"))
     if caches.copies > 1:
         moved = sum(caches.bytes(batch, context).values())
-        arithmetic = f"2 (read, written) x {moved:,} B, as present is a copy of past and the new token"
+        arithmetic = f"2 (read, written) x {moved:,} B; present is a copy of past and the new token"
         figures.append(Figure("caches copied", 2 * moved, "B", arithmetic))
     return figures
 
@@ -131,7 +139,7 @@ def decode_bound(parts: list[Figure], rates: Rates, flops: list[Figure], batch: 
         lines += [*flops, computing]
         seconds = max(seconds, computing.value)
     lines.append(
-        Figure("decode bound", batch / seconds, "tokens/s", f"{batch} sequences / {seconds:.6g} s, the longer")
+        Figure("decode bound", batch / seconds, "tokens/s", f"{batch} / {seconds:.6g} s; the longer of the two")
     )
     return lines
 
@@ -154,7 +162,7 @@ def step_flops(
         for kind, n in sorted(elements.items(), reverse=True)
     ]
     heads, width = config.num_attention_heads, config.head_dim
-    arithmetic = f"4 (scores, values) x {heads} heads x {width} x {batch} x {visible:,.0f} keys seen, all layers"
+    arithmetic = f"4 (scores, values) x {heads} heads x {width} x {batch} x {visible:,.0f} keys seen; in all layers"
     return [*figures, Figure("attention", 4 * heads * width * batch * visible, "FLOP", arithmetic)]
 
 
@@ -177,8 +185,8 @@ def compute_time(flops: list[Figure], rates: Rates, layout: Layout) -> Figure | 
             return None
         seconds += figure.value / rate / layout.gpus
         parts.append(f"{figure.value:.4g} / {rate:.4g}")
-    gpus = f" on {layout.gpus} GPUs" if layout.gpus > 1 else ""
-    return Figure("computing", seconds, "s", f"({' + '.join(parts)}) FLOP/s{gpus}", "peak rates of the profile")
+    arithmetic = f"({' + '.join(parts)}) / {layout.gpus} GPUs; FLOP over FLOP/s"
+    return Figure("computing", seconds, "s", arithmetic, "peak rates of the profile")
 
 
 def _visible(chunk: int, context: int) -> float:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType
+from l4convert.graph_passes.lower_attention_to_tensor_scatter import SMALL_CACHE
 from l4convert.planning.caches import Caches
 from l4convert.planning.figures import Figure
+from l4convert.runtime.prefill import step_limit
 
 #: New tokens of a prefill call, as `build --prefill-tokens` has it by default.
 PREFILL_TOKENS = 512
-# Where scores are in memory as a whole, a call takes fewer tokens, so that they and the logits stay below this.
-_CALL_BYTES = 1 << 30
 # Of a process with CUDA: driver, kernels and libraries. About 0.3 GB were reported since kernels are loaded when they
 # are needed, and over 1 GB before; the larger one is taken as a margin.
 _CUDA_BYTES = 1_000_000_000
@@ -28,8 +28,6 @@ _KERNEL_BYTES = 6_000_000
 _PROFILES = 2
 # Interpreter and libraries of `generate` on the CPU.
 _HOST_BYTES = 300_000_000
-# Caches of up to so many slots are read in place (graph_passes/lower_attention_to_tensor_scatter.py, SMALL_CACHE).
-_SMALL_CACHE = 16384
 
 
 @dataclass(frozen=True)
@@ -57,16 +55,15 @@ class Call:
         return self.batch * self.new
 
 
-def prefill_call(
-    config: DecoderConfig, target: str, batch: int, context: int, ranks: int, compute: ComputeType, caches: Caches
-) -> Call:
-    """A call of a long prompt at its end, where the most is in memory."""
-    new = min(PREFILL_TOKENS, context, config.attention_chunk_size)
-    if target in _SCORES:
-        of_a_token = 4 * batch * (config.num_attention_heads // ranks * context + config.vocab_size)
-        new = max(1, min(new, _CALL_BYTES // of_a_token))
-    nbytes = int(COMPUTE_TYPES[compute].itemsize)
-    return Call(config, batch, new, context, ranks, nbytes, caches.rank(ranks))
+def prefill_tokens(config: DecoderConfig, target: str, batch: int, context: int, most: int) -> int:
+    """New tokens of the last call that reads a prompt of this length, where the most is in memory."""
+    new = min(most, context, config.attention_chunk_size)
+    return min(new, step_limit(config, context, batch)) if target in _SCORES else new
+
+
+def element_bytes(compute: ComputeType) -> int:
+    """Bytes of an activation."""
+    return int(COMPUTE_TYPES[compute].itemsize)
 
 
 def working_figures(target: str, call: Call) -> list[Figure]:
@@ -77,9 +74,9 @@ def working_figures(target: str, call: Call) -> list[Figure]:
 def runtime_figure(target: str, config: DecoderConfig) -> Figure:
     """What the runtime holds whatever is called."""
     if target in ("cpu", "portable"):
-        return Figure("runtime", _HOST_BYTES, "B", "interpreter, ONNX Runtime and graph", "a margin")
+        return Figure("runtime", _HOST_BYTES, "B", f"{_HOST_BYTES:,}: interpreter, ONNX Runtime and graph", "a margin")
     if target == "cuda":
-        return Figure("runtime", _CUDA_BYTES, "B", "CUDA context and kernels", _CUDA_SOURCE)
+        return Figure("runtime", _CUDA_BYTES, "B", f"{_CUDA_BYTES:,}: CUDA context and kernels", _CUDA_SOURCE)
     kernels = config.num_hidden_layers * _PROFILES * _KERNEL_BYTES
     arithmetic = (
         f"{_CUDA_BYTES:,} (CUDA context) + {config.num_hidden_layers} layers x {_PROFILES} profiles x"
@@ -126,20 +123,20 @@ def _widest_block(call: Call) -> Figure:
 
 def _logits(call: Call) -> Figure:
     vocabulary = call.config.vocab_size
-    arithmetic = f"{call.rows:,} tokens x {vocabulary:,} x 4 B (float32, of every token)"
+    arithmetic = f"{call.rows:,} tokens x {vocabulary:,} x 4 B"
     value = 4 * call.rows * vocabulary
     if call.bytes != 4:
         own = vocabulary // call.ranks
-        arithmetic += f" + {call.rows:,} x {own:,} x {call.bytes} B before they are widened"
+        arithmetic += f" + {call.rows:,} x {own:,} x {call.bytes} B"
         value += call.rows * own * call.bytes
-    return Figure("logits", value, "B", arithmetic)
+    return Figure("logits", value, "B", f"{arithmetic}; of every token, float32 and as they are computed")
 
 
 def _scores(call: Call) -> list[Figure]:
     heads = call.config.num_attention_heads // call.ranks
     value = 4 * call.batch * heads * call.new * call.context
     arithmetic = f"{call.batch} x {heads} heads x {call.new:,} new tokens x {call.context:,} x 4 B"
-    source = "ONNX Runtime's attention on the CPU holds the scores of one layer; calls are cut to stay near 1 GiB"
+    source = "ONNX Runtime's attention on the CPU holds the scores of one layer; steps of a prefill are cut to 512 MiB"
     return [Figure("attention scores", value, "B", arithmetic, source)]
 
 
@@ -192,16 +189,16 @@ def _rtx_terms(call: Call) -> list[Figure]:
         value = 3 * config.hidden_size * width * call.bytes
         arithmetic = f"3 matrices x {config.hidden_size:,} x {width:,} x {call.bytes} B"
         terms.append(Figure("one expert, dequantized", value, "B", arithmetic, "ADR 0014: decode scratch"))
-    if call.context > _SMALL_CACHE and caches.global_layers:
+    if call.context > SMALL_CACHE and caches.global_layers:
         slots = call.batch * call.context
         copy = 2 * caches.heads * caches.width * call.bytes
         arithmetic = f"{call.batch} x {call.context:,} slots x 2 (key, value) x {caches.heads} heads x {caches.width} x"
-        arithmetic += f" {call.bytes} B, which layers share"
+        arithmetic += f" {call.bytes} B; layers share it"
         terms.append(Figure("copy of a large cache", slots * copy, "B", arithmetic, _RTX_SOURCE))
         group = config.num_attention_heads // config.num_key_value_heads
         mask = caches.global_layers * slots * group * call.new * call.bytes
         arithmetic = f"{caches.global_layers} global layers x {call.batch} x {call.context:,} slots x {group} x"
-        arithmetic += f" {call.new:,} new tokens x {call.bytes} B, which they do not share"
+        arithmetic += f" {call.new:,} new tokens x {call.bytes} B; each layer has its own"
         terms.append(Figure("masks", mask, "B", arithmetic, _RTX_SOURCE))
     return terms
 
