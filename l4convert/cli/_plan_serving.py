@@ -55,7 +55,7 @@ def serving_text(plan: ServingPlan, explain: bool) -> str:
         parts.append(_largest_table(plan))
     if plan.context is not None or plan.memory is None:
         parts.append(_context_table(plan))
-    reasons = [f"{row.caches.dtype}: {_reason(row)}" for row in plan.rows if row.reason]
+    reasons = [f"{row.caches.dtype}: {_reason(row)}" for row in plan.rows if row.reason and not _one_machine(plan)]
     parts.append("\n".join(reasons)) if reasons else None
     if "memory" in plan.sections:
         parts.append(_budget_table(plan))
@@ -82,7 +82,7 @@ def _heading(plan: ServingPlan) -> str:
 def _largest_table(plan: ServingPlan) -> str:
     """Largest contexts by type of caches and degree, and the speed where no context was asked for."""
     degrees = list(plan.rows[0].largest)
-    one = plan.machine == "this machine"
+    one = _one_machine(plan)
     titles = ["largest context" if one else f"on {n} GPU{'s' if n > 1 else ''}" for n in degrees]
     headers = ["caches", "a token", "chunked layers", *titles]
     rows = []
@@ -100,7 +100,7 @@ def _largest_table(plan: ServingPlan) -> str:
 
 
 def _context_table(plan: ServingPlan) -> str:
-    one = plan.machine == "this machine"
+    one = _one_machine(plan)
     headers = ["caches", "all caches"]
     if plan.memory is not None:
         headers += ["fits", "needs"] if one else ["GPUs", "each holds"]
@@ -123,10 +123,8 @@ def _budget_table(plan: ServingPlan) -> str:
     lines = plan.sections["memory"]
     row = plan.chosen
     layout = row.layout
-    where = (
-        "this machine" if plan.machine == "this machine" else "one GPU" if layout is None or layout.gpus == 1 else None
-    )
-    where = where or f"each of {layout.gpus if layout else 1} GPUs"
+    gpus = 1 if layout is None else layout.gpus
+    where = "this machine" if _one_machine(plan) else "one GPU" if gpus == 1 else f"each of {gpus} GPUs"
     rows = [(line.name, size(line.value)) for line in lines]
     rows += [("free", size((plan.memory or 0) - lines[-1].value))]
     prefill = plan.result("prefill")
@@ -151,6 +149,10 @@ def _line(figure: Figure) -> str:
     )
     source = f"  [{figure.source}]" if figure.source else ""
     return f"  {figure.name}: {value} {figure.unit} = {figure.arithmetic}{source}"
+
+
+def _one_machine(plan: ServingPlan) -> bool:
+    return plan.machine == "this machine"
 
 
 def _name(row: CacheRow, plan: ServingPlan) -> str:

@@ -171,7 +171,7 @@ def _tensorrt_terms(call: Call) -> list[Figure]:
     splits = -(-call.context // _SPLIT_TOKENS)
     arithmetic = (
         f"{call.batch} x {call.config.num_attention_heads // call.ranks} heads x {call.config.head_dim} x 4 B x"
-        f" {splits:,} splits of {_SPLIT_TOKENS:,} tokens; experts' and attention's plugins hold no scores and no copies"
+        f" {splits:,} splits; of {_SPLIT_TOKENS:,} tokens. The plugins hold no scores and no copies"
     )
     source = "an assumption: these plugins are not built yet"
     return [Figure("partial results of attention", 4 * parts * splits, "B", arithmetic, source)]
