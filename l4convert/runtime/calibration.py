@@ -30,6 +30,7 @@ from l4convert.quantization.kv import KvScheme, scale_name
 from l4convert.quantization.kv_scales import Float32, Rotation, Spread, sampled_tokens
 from l4convert.runtime.caches import CacheNames, as_float32, ort_value
 from l4convert.runtime.calibration_text import CalibrationText
+from l4convert.runtime.prefill import prefill_steps
 from l4convert.runtime.runner import IntArray
 from l4convert.runtime.session import load_model
 
@@ -72,15 +73,9 @@ class CalibrationGraph:
         wanted = max(2 * self.config.attention_chunk_size, LEAST_WINDOW)
         return max(1, min(wanted, CACHE_BYTES // self.token_bytes, self.config.max_position_embeddings))
 
-    def calls(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """First token and end of the calls for a window; none crosses a chunk boundary, as caches in place want it."""
-        chunk, start = self.config.attention_chunk_size, 0
-        while start < tokens:
-            context = min(tokens, start + _MOST_ROWS)
-            rows = min(_MOST_ROWS, _SCORE_BYTES // (4 * self.config.num_attention_heads * context))
-            end = min(start + max(1, rows), start - start % chunk + chunk, tokens)
-            yield start, end
-            start = end
+    def rows(self, context: int) -> int:
+        """The most tokens in a call that ends at so many."""
+        return min(_MOST_ROWS, max(1, _SCORE_BYTES // (4 * self.config.num_attention_heads * context)))
 
 
 def calibrate(
@@ -159,7 +154,9 @@ def _caches(graph: CalibrationGraph, session: Any, ids: IntArray) -> Iterator[_P
     static = graph.form == "static"
     slots = [0 if not static else min(s or len(ids), len(ids)) for s in names.slots]
     past = [_empty(graph, count) for count in slots]
-    for start, end in graph.calls(len(ids)):
+    end = 0
+    for step in prefill_steps(0, len(ids), chunk, graph.rows):
+        start, end = end, end + step
         feeds = {"input_ids": ids[None, start:end], "attention_mask": np.ones((1, end), np.int64)}
         past = _run(graph, session, names, past, feeds, static)
         first = {

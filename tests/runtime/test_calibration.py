@@ -111,7 +111,8 @@ def test_windows_fit_into_the_memory_for_caches(artifacts, scout_layout, monkeyp
     assert graph.window == calibration.LEAST_WINDOW
     monkeypatch.setattr(calibration, "CACHE_BYTES", 100 * graph.token_bytes)
     assert graph.window == 100
-    assert list(graph.calls(21)) == [(0, 8), (8, 16), (16, 21)]
+    assert graph.rows(100) == calibration._MOST_ROWS
+    assert graph.rows(10_000_000) == 1
 
 
 def test_text(tmp_path: Path) -> None:
