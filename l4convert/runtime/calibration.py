@@ -28,7 +28,7 @@ from l4convert.frontend.rope import inverse_frequencies
 from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.quantization.kv import KvScheme, scale_name
 from l4convert.quantization.kv_scales import Float32, Rotation, Spread, sampled_tokens
-from l4convert.runtime.caches import CacheNames, as_float32, ort_value
+from l4convert.runtime.caches import CacheNames, host_array, ort_value
 from l4convert.runtime.calibration_text import CalibrationText
 from l4convert.runtime.prefill import prefill_steps
 from l4convert.runtime.runner import IntArray
@@ -145,7 +145,7 @@ class _Part:
         """Keys or values of the tokens, [Hk, n, D]."""
         name = f"present.{layer}.{kind}"
         first = self.first[name]
-        return as_float32(self.values[name])[0, :, first : first + self.end - self.start]
+        return np.asarray(host_array(self.values[name])[0, :, first : first + self.end - self.start], np.float32)
 
 
 def _caches(graph: CalibrationGraph, session: Any, ids: IntArray) -> Iterator[_Part]:

@@ -93,14 +93,14 @@ def test_windows_and_forms_and_repetitions_agree(artifacts, scout_layout, ids, m
 
 def test_nan_names_the_layer(artifacts, scout_layout, ids, monkeypatch) -> None:
     graph = graph_of(artifacts["growing"], scout_layout, "growing")
-    honest = calibration.as_float32
+    honest = calibration.host_array
     calls = []
 
     def damaged(value: Any) -> np.ndarray:
         calls.append(value)
         return honest(value) * (np.nan if len(calls) == 6 else 1)  # key, value of layers 0, 1, 2
 
-    monkeypatch.setattr(calibration, "as_float32", damaged)
+    monkeypatch.setattr(calibration, "host_array", damaged)
     with pytest.raises(InputError, match="a value of layer 2 is NaN or infinite"):
         calibrate(graph, KvScheme("int8"), text_of(ids))
 
