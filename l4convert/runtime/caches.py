@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.runtime.cache_elements import CacheElements
 from l4convert.runtime.manifest import KvCache
 from l4convert.runtime.runner import FloatArray, IntArray
 
@@ -68,18 +69,18 @@ class CacheRoom:
 
     Attributes:
         batch: Sequences; ``max_length``: the most slots of one, in the static form.
-        dtype: Of the elements.
+        elements: Of each cache, by the name of its input.
         device: ``cpu`` or ``cuda``, the provider's memory.
     """
 
     batch: int
     max_length: int
-    dtype: np.dtype[Any]
+    elements: Mapping[str, CacheElements]
     device: str = "cpu"
 
-    def zeros(self, names: CacheNames, slots: int) -> Any:
+    def zeros(self, names: CacheNames, name: str, slots: int) -> Any:
         """A cache of so many slots, as an ``OrtValue`` on the device."""
-        host = ort_value(np.zeros((self.batch, names.heads, slots, names.head_dim), self.dtype))
+        host = ort_value(self.elements[name].zeros(self.batch, names.heads, slots))
         return host if self.device == "cpu" else copy_to(host, self.device)
 
 
@@ -90,7 +91,7 @@ class FedBackCache:
         self._session = session
         self._names = names
         self._room = room
-        self._past = [room.zeros(names, 0)] * len(names.past)
+        self._past = [room.zeros(names, name, 0) for name in names.past]
 
     def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
         """Run once; the caches stay in ONNX Runtime's memory and are never copied to numpy."""
@@ -117,7 +118,7 @@ class StaticCache:
         self._buffers = []
         for past, present, slots in zip(names.past, names.present, names.slots, strict=True):
             # Zeros, because unused slots are masked by adding to their scores, and garbage may be NaN.
-            buffer = room.zeros(names, room.max_length if slots is None else min(slots, room.max_length))
+            buffer = room.zeros(names, past, room.max_length if slots is None else min(slots, room.max_length))
             self._binding.bind_ortvalue_input(past, buffer)
             self._binding.bind_ortvalue_output(present, buffer)
             self._buffers.append(buffer)
@@ -132,12 +133,19 @@ class StaticCache:
 
 
 def ort_value(array: np.ndarray) -> Any:
-    """An ``OrtValue`` on the CPU; NumPy has no bfloat16 of its own, so ONNX Runtime is given the bits and the type."""
+    """An ``OrtValue`` on the CPU; of types that NumPy does not have, ONNX Runtime is given the bits and the type."""
     from onnxruntime import OrtValue
 
-    if array.dtype == ml_dtypes.bfloat16:
-        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
+    if array.dtype in _FOREIGN:
+        bits, dtype = _FOREIGN[array.dtype]
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(bits), int(dtype))
     return OrtValue.ortvalue_from_numpy(array)
+
+
+_FOREIGN: Mapping[np.dtype[Any], tuple[type[np.generic], ir.DataType]] = {
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, ir.DataType.BFLOAT16),
+    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, ir.DataType.FLOAT8E4M3FN),
+}
 
 
 def copy_to(value: Any, device: str) -> Any:
@@ -151,14 +159,15 @@ def copy_to(value: Any, device: str) -> Any:
 
 
 def as_float32(value: Any) -> FloatArray:
-    """The content of an ``OrtValue`` on the CPU, of any floating type."""
-    if value.element_type() != ir.DataType.BFLOAT16:
+    """The content of an ``OrtValue`` on the CPU, of any type; quantized caches give their codes."""
+    dtype = ir.DataType(value.element_type()).numpy()
+    if dtype not in _FOREIGN:
         result: FloatArray = np.asarray(value.numpy(), np.float32)
         return result
     shape = value.shape()
     # ONNX Runtime gives no array of a type that NumPy does not have.
-    bits = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    return np.frombuffer(bits, ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
+    bits = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(value.data_ptr())
+    return np.frombuffer(bits, dtype).reshape(shape).astype(np.float32)
 
 
 CACHE_FORMS: Mapping[KvCache, Callable[[Any, CacheNames, CacheRoom], KvCacheState]] = {
