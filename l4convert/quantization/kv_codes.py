@@ -1,4 +1,4 @@
-"""Elements of quantized caches in NumPy, for what is read and written outside a graph (:mod:`.kv` says what they are)."""
+"""Elements of quantized caches in NumPy, for what is read and written outside a graph; ``kv`` says what they are."""
 
 from __future__ import annotations
 
