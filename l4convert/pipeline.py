@@ -398,9 +398,10 @@ def _check_kv_cache(recipe: Recipe, target: Target, options: ConvertOptions | Pl
                 "--calibration is for quantized caches, and these are not", "give --kv-dtype, or leave it out"
             )
     elif recipe.kv_cache.dtype not in target.kv_dtypes:
+        others = ", ".join(name for name, row in TARGETS.items() if recipe.kv_cache.dtype in row.kv_dtypes)
         raise UsageError(
-            f"target {target.name} has no {recipe.kv_cache.dtype} caches",
-            f"it has: {', '.join(target.kv_dtypes)}" if target.kv_dtypes else "give --kv-dtype none",
+            f"target {target.name} takes no key/value caches of {recipe.kv_cache.dtype}",
+            f"give --kv-dtype none, or a target that does: {others}",
         )
 
 

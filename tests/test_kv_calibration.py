@@ -129,7 +129,7 @@ def test_every_form_has_the_same_scales(checkpoint: Path, text: Path, tmp_path: 
 @pytest.mark.parametrize("target", [name for name, row in TARGETS.items() if "int8" in row.kv_dtypes])
 def test_every_target_that_can(checkpoint: Path, text: Path, tmp_path: Path, target: str) -> None:
     result = convert(options(checkpoint, tmp_path / target, text, target=target, recipe="int4"))
-    reference = scales_of(convert(options(checkpoint, tmp_path / "cpu", text, recipe="int4")).output)
+    reference = scales_of(convert(options(checkpoint, tmp_path / "reference", text, recipe="int4")).output)
     found = scales_of(result.output)
     assert found.keys() == reference.keys()
     for name, scale in found.items():

@@ -1,7 +1,8 @@
 """How keys and values are stored in a quantized cache: symmetric, with scales that calibration finds on a text.
 
 A stored element is ``code = clip(round_half_even(x / scale), lowest, highest)`` (FP8: the nearest E4M3 number,
-saturated), and stands for ``code * scale``. Scales are float32, one a key/value head or one a channel of a head.
+saturated), and stands for ``code * scale``. Scales are float32, one a key/value head or one a channel of a head. The
+quotient is the float32 product with ``1 / scale``, as kernels have it.
 
 INT4 codes lie two in a byte, along the head's width: element 2j in the low half, 2j+1 in the high half, each plus 8.
 That is the layout of ONNX Runtime's GroupQueryAttention (``kv_cache_bit_width`` 4), so one layout serves all targets.
