@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.runtime.cache_elements import CacheElements
 from l4convert.runtime.manifest import KvCache
 from l4convert.runtime.runner import FloatArray, IntArray
 
@@ -104,18 +105,18 @@ class CacheRoom:
 
     Attributes:
         batch: Sequences; ``max_length``: the most slots of one, in the static form.
-        dtype: Of the elements.
+        elements: Of each cache, by the name of its input.
         device: ``cpu`` or ``cuda``, the provider's memory.
     """
 
     batch: int
     max_length: int
-    dtype: np.dtype[Any]
+    elements: Mapping[str, CacheElements]
     device: str = "cpu"
 
-    def zeros(self, names: CacheNames, slots: int) -> Any:
+    def zeros(self, names: CacheNames, name: str, slots: int) -> Any:
         """A cache of so many slots, as an ``OrtValue`` on the device."""
-        host = ort_value(np.zeros((self.batch, names.heads, slots, names.head_dim), self.dtype))
+        host = ort_value(self.elements[name].zeros(self.batch, names.heads, slots))
         return host if self.device == "cpu" else copy_to(host, self.device)
 
     def filled(self, names: CacheNames, name: str, slots: int, source: CacheSource) -> Any:
@@ -124,10 +125,13 @@ class CacheRoom:
         Raises:
             ValueError: The source gives an array of another shape or type, or one that is not contiguous.
         """
-        shape = (self.batch, names.heads, slots, names.head_dim)
-        array = source(name, shape, self.dtype)
-        if array.shape != shape or array.dtype != self.dtype or not array.flags.c_contiguous:
-            raise ValueError(f"cache {name} is {array.dtype} {array.shape}, expected contiguous {self.dtype} {shape}")
+        elements = self.elements[name]
+        shape = (self.batch, names.heads, slots, elements.width)
+        array = source(name, shape, elements.dtype)
+        if array.shape != shape or array.dtype != elements.dtype or not array.flags.c_contiguous:
+            raise ValueError(
+                f"cache {name} is {array.dtype} {array.shape}, expected contiguous {elements.dtype} {shape}"
+            )
         host = ort_value(array)
         return host if self.device == "cpu" else copy_to(host, self.device)
 
@@ -139,7 +143,7 @@ class FedBackCache:
         self._session = session
         self._names = names
         self._room = room
-        self._past = list(values) if values else [room.zeros(names, 0)] * len(names.past)
+        self._past = list(values) if values else [room.zeros(names, name, 0) for name in names.past]
 
     def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
         """Run once; the caches stay in ONNX Runtime's memory and are never copied to numpy."""
@@ -186,7 +190,8 @@ class StaticCache:
         self._binding = session.io_binding()
         self._binding.bind_output("logits", "cpu")  # first, so that it is the first of get_outputs()
         # Zeros, because unused slots are masked by adding to their scores, and garbage may be NaN.
-        self._buffers = list(values) if values else [room.zeros(names, slots) for slots in static_slots(names, room)]
+        sizes = zip(names.past, static_slots(names, room), strict=True)
+        self._buffers = list(values) if values else [room.zeros(names, name, slots) for name, slots in sizes]
         for past, present, buffer in zip(names.past, names.present, self._buffers, strict=True):
             self._binding.bind_ortvalue_input(past, buffer)
             self._binding.bind_ortvalue_output(present, buffer)
@@ -239,12 +244,19 @@ def restored_slots(form: KvCache, names: CacheNames, lengths: IntArray, room: Ca
 
 
 def ort_value(array: np.ndarray) -> Any:
-    """An ``OrtValue`` on the CPU; NumPy has no bfloat16 of its own, so ONNX Runtime is given the bits and the type."""
+    """An ``OrtValue`` on the CPU; of types that NumPy does not have, ONNX Runtime is given the bits and the type."""
     from onnxruntime import OrtValue
 
-    if array.dtype == ml_dtypes.bfloat16:
-        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
+    if array.dtype in _FOREIGN:
+        bits, dtype = _FOREIGN[array.dtype]
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(bits), int(dtype))
     return OrtValue.ortvalue_from_numpy(array)
+
+
+_FOREIGN: Mapping[np.dtype[Any], tuple[type[np.generic], ir.DataType]] = {
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, ir.DataType.BFLOAT16),
+    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, ir.DataType.FLOAT8E4M3FN),
+}
 
 
 def copy_to(value: Any, device: str) -> Any:
@@ -286,14 +298,15 @@ def repeated(value: Any, copies: int) -> Any:
 
 
 def as_float32(value: Any) -> FloatArray:
-    """The content of an ``OrtValue`` on the CPU, of any floating type."""
-    if value.element_type() != ir.DataType.BFLOAT16:
+    """The content of an ``OrtValue`` on the CPU, of any type; quantized caches give their codes."""
+    dtype = ir.DataType(value.element_type()).numpy()
+    if dtype not in _FOREIGN:
         result: FloatArray = np.asarray(value.numpy(), np.float32)
         return result
     shape = value.shape()
     # ONNX Runtime gives no array of a type that NumPy does not have.
-    bits = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    return np.frombuffer(bits, ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
+    bits = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(value.data_ptr())
+    return np.frombuffer(bits, dtype).reshape(shape).astype(np.float32)
 
 
 class CacheForm(Protocol):
