@@ -344,7 +344,8 @@ def _serving(conversion: _Conversion, table: tuple[TensorPlan, ...]) -> ServingP
     if all(value is None for value in asked) and options.batch == 1:
         return None
     compute: Any = conversion.compute
-    artifact = Artifact(config, table, conversion.recipe, conversion.target.name, conversion.kv_cache, compute)
+    target, form = conversion.target, conversion.kv_cache
+    artifact = Artifact(config, table, conversion.recipe, target.name, form, compute, target.kv_dtypes)
     context = None if options.context is None else parse_context(options.context, config.max_position_embeddings)
     use = Wanted(context, options.batch, options.prefill_tokens, options.tensor_parallel, conversion.hardware)
     return plan_serving(artifact, use)

@@ -98,12 +98,15 @@ class Deployment:
         return min((layout for layout in found if layout), key=lambda layout: layout.gpus, default=None)
 
     def by_bytes(self, caches: Caches, context: int) -> Figure:
-        """A lower bound: weights and caches over what one GPU has for them, as if both could be cut anywhere."""
+        """A lower bound: weights and caches over what one GPU has for them, as if both could be cut anywhere.
+
+        0 where the runtime alone fills a GPU.
+        """
         one = self.budget(caches, context, Layout(1))
         divisible = sum(figure.value for figure in one if figure.name.startswith(("weights", "caches", "scales")))
         fixed = runtime_figure(self.target, self.config).value
         room = self.memory - fixed
-        number = math.ceil(divisible / room) if room > 0 else math.inf
+        number = math.ceil(divisible / room) if room > 0 else 0
         arithmetic = f"{divisible:,.0f} B of weights and caches / ({self.memory:,} - {fixed:,.0f} runtime)"
         return Figure("GPUs by bytes alone", number, "GPUs", arithmetic)
 

@@ -119,7 +119,7 @@ class _Serving:
             layout=layout,
             used=there.used(caches, tokens, layout or Layout(self.degrees[-1])),
             reason="" if context is None else there.reason(caches, tokens, layout),
-            by_bytes=None if context is None else int(there.by_bytes(caches, context).value),
+            by_bytes=None if context is None else int(there.by_bytes(caches, context).value) or None,
             fewest=fewest if fewest and layout and fewest.gpus < layout.gpus else None,
             decode=self.decode_rate(caches, tokens, layout),
         )
@@ -196,6 +196,11 @@ class _Serving:
 
     def notes(self, rows: tuple[CacheRow, ...], sections: Mapping[str, tuple[Figure, ...]]) -> list[str]:
         hardware, found = self.wanted.hardware, []
+        missing = sorted({row.caches.dtype for row in rows if row.caches.scaled_layers} - set(self.artifact.kv_dtypes))
+        if missing:
+            found.append(
+                f"target {self.artifact.target} has no caches in {', '.join(missing)} yet: for comparison only"
+            )
         if self.memory is None:
             found.append("the memory is not known: --target also takes a GPU, as h100, or a profile of your own")
         elif any(row.layout and row.layout.gpus > 1 for row in rows):

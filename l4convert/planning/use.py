@@ -11,6 +11,7 @@ from l4convert.planning.caches import Caches
 from l4convert.planning.figures import Figure
 from l4convert.planning.speed import Layout
 from l4convert.planning.tensors import TensorPlan
+from l4convert.quantization.kv import KvDtype
 from l4convert.quantization.recipe import Recipe
 from l4convert.targets.hardware import Hardware
 
@@ -99,7 +100,7 @@ class ServingPlan:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is planned with: a model, lowered and quantized."""
+    """What is planned with: a model, lowered and quantized; ``kv_dtypes``: formats of caches that its target takes."""
 
     config: DecoderConfig
     table: tuple[TensorPlan, ...]
@@ -107,3 +108,4 @@ class Artifact:
     target: str
     form: str
     compute: ComputeType
+    kv_dtypes: tuple[KvDtype, ...]

@@ -53,7 +53,7 @@ def serving(plan: ConversionPlan) -> Callable[..., ServingPlan]:
     def run(
         hardware: str | None, context: int | None, *, target: str = "tensorrt", form: str = "static", **changes: Any
     ) -> ServingPlan:
-        artifact = Artifact(SCOUT, plan.table, load_recipe("int4", 128), target, form, "bfloat16")
+        artifact = Artifact(SCOUT, plan.table, load_recipe("int4", 128), target, form, "bfloat16", ("fp8",))
         machine = None if hardware is None else load_hardware(hardware)
         wanted = Wanted(context, 1, 512, None, machine)
         return plan_serving(artifact, dataclasses.replace(wanted, **changes))
@@ -337,6 +337,7 @@ def test_hardware_that_says_little(serving: Callable[..., ServingPlan]):
     spark = serving("dgx-spark", 131072, target="tensorrt-rtx")
     assert "prefill" not in spark.sections
     assert spark.chosen.decode is not None
+    assert "target tensorrt-rtx has no caches in int4, int8 yet: for comparison only" in spark.notes
     assert any("no rate of bfloat16" in note for note in spark.notes)
     assert any("the memory is the CPU's, too" in note for note in spark.notes)
     host = serving(None, 1024, target="cpu")
