@@ -175,7 +175,9 @@ def transformers_logits(checkpoint, ids, cache):
 
     with torch.no_grad():
         model = transformers_model(checkpoint.path)
-        return model(torch.from_numpy(ids), past_key_values=cache or DynamicCache(), use_cache=True).logits.numpy()
+        return model(
+            torch.from_numpy(ids), past_key_values=DynamicCache() if cache is None else cache, use_cache=True
+        ).logits.numpy()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
