@@ -14,8 +14,9 @@ from l4convert.checkpoint import open_checkpoint
 from l4convert.emit import source_digests
 from l4convert.errors import InputError, UsageError
 from l4convert.parity import ParityReport, Policy, Thresholds, compare, default_policy, load_policy, validate
+from l4convert.parity.at_once import spread
 from l4convert.parity.outcome import TextUsed, write_report
-from l4convert.parity.validate import prepare_text, spread
+from l4convert.parity.validate import prepare_text
 from l4convert.progress import Task
 from l4convert.runtime import ArtifactInfo
 from tests.artifacts import KV_CACHES, write_canonical_artifact
