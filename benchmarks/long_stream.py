@@ -248,7 +248,7 @@ def held(text: OrtStream) -> tuple[int, int]:
 
 
 def cache_facts(caches: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
-    """The most bytes in each tenth of the stream."""
+    """The most bytes in each tenth of the stream, and the tokens at its end."""
     tokens, whole, chunked = np.array(caches).T
     parts = [part for part in np.array_split(np.arange(len(tokens)), PARTS) if len(part)]
     return {
