@@ -10,7 +10,8 @@ import click
 
 from l4convert.cli._running import running_options
 from l4convert.cli._settings import global_options, settings_of
-from l4convert.errors import CheckFailed, InputError
+from l4convert.cli._text import read_text
+from l4convert.errors import CheckFailed
 
 if TYPE_CHECKING:
     from l4convert.parity.outcome import ParityReport
@@ -84,7 +85,7 @@ def command(
     report = validate(
         artifact,
         reference,
-        text=None if text is None else _read(text),
+        text=None if text is None else read_text(text, "--text"),
         text_name="given text" if text is None else text.name,
         policy=None if policy is None else load_policy(policy, info.target, info.compute),
         progress=settings.progress(),
@@ -101,15 +102,6 @@ def command(
     write_report(report, artifact / REPORT_FILE)
     if not report.passed:
         raise CheckFailed(headline(report))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", "give --text a text file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8: {error}", "give --text a text file") from error
 
 
 def _table(report: ParityReport) -> str:
