@@ -1,9 +1,8 @@
-"""A stream over more than 50 chunk boundaries, as the acceptance run of 100,000 tokens, of a model that takes no time."""
+"""A stream over more than 50 chunk boundaries: the acceptance run of 100,000 tokens, of a model that takes no time."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
