@@ -5,8 +5,8 @@
 The checkpoint is converted without quantization, once for each form of cache, and fed the same tokens in several
 splits. Logits are compared at sampled positions: four before and four after each of 50 chunk boundaries that are spread
 over the stream, and 1,000 between. The reference is transformers' own code and cache, in steps: as it is, and with RoPE
-angles that are multiplied in float64 instead of float32, which tells its error from ours. Its logits at the samples are
-kept in --scratch, so that another run reuses them.
+angles that are multiplied in float64 instead of float32, which tells its error from ours. Logits at the samples, of
+both, are kept in --scratch, so that another run with the same tokens goes on where one was stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle
@@ -74,12 +74,13 @@ def main() -> int:
         f"{len(stream.ids):,} tokens ({stream.source}), chunks of {stream.config.attention_chunk_size}; "
         f"{len(stream.places)} positions compared, around {len(stream.marks)} chunk boundaries and between"
     )
+    fed = [] if options.only_reference else list(feed_all(options, stream))
     expected = {name: reference(options, name, stream) for name in REFERENCES}
-    if options.only_reference:
-        return 0
     own = difference(*expected.values(), stream)
-    print(f"transformers against itself with angles in float64: {own['max_rel_logit']:.2e}\n\n{HEADER}", flush=True)
-    rows = list(measure_all(options, stream, expected))
+    print(f"transformers against itself with angles in float64: {own['max_rel_logit']:.2e}\n\n{HEADER}")
+    rows = [one.row(expected, stream) for one in fed]
+    for row in rows:
+        print(markdown(row))
     if options.json:
         result = {
             "schema": SCHEMA, "date": datetime.now(UTC).date().isoformat(), "checkpoint": options.checkpoint.name,
@@ -204,41 +205,65 @@ def collect(steps: Iterator[Logits], places: Ids, name: str, total: int) -> Logi
     return np.concatenate(parts)
 
 
-def measure_all(
-    options: argparse.Namespace, stream: Stream, expected: Mapping[str, Logits]
-) -> Iterator[dict[str, Any]]:
-    """One row for each form of cache and split."""
+@dataclass(frozen=True)
+class Fed:
+    """What came of feeding the stream to an artifact once.
+
+    Attributes:
+        kv_cache: Form of its caches; ``split``: how it was fed, in so many ``calls``.
+        logits: At the sampled positions, [positions, vocabulary].
+        caches: After each call: tokens so far, and the bytes of global and of chunked layers' caches, [calls, 3].
+        seconds: That it took.
+    """
+
+    kv_cache: str
+    split: str
+    logits: Logits
+    caches: Ids
+    seconds: float
+
+    def row(self, expected: Mapping[str, Logits], stream: Stream) -> dict[str, Any]:
+        """A row of the results."""
+        against = {name: difference(self.logits, wanted, stream) for name, wanted in expected.items()}
+        names = {"kv_cache": self.kv_cache, "split": self.split, "calls": len(self.caches), "seconds": self.seconds}
+        return {**names, "against": against, **cache_facts(self.caches)}
+
+
+def feed_all(options: argparse.Namespace, stream: Stream) -> Iterator[Fed]:
+    """Every form of cache in every split; what an earlier run kept in --scratch is taken from there."""
     for form in options.kv_cache:
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
             out = Path(folder) / "artifact"
             convert(
                 ConvertOptions(options.checkpoint, out, target=options.target, recipe=options.recipe, kv_cache=form)
             )
+            manifest = (out / "l4convert.json").read_bytes()
             with OrtSession.open(out, max_length=len(stream.ids), threads=options.threads) as session:
                 for split in options.splits:
-                    row = {"kv_cache": form, "split": split, **measure(session, split, stream, expected)}
-                    print(markdown(row), flush=True)
-                    yield row
+                    key = manifest + repr((split, STEP)).encode() + stream.ids.tobytes() + stream.places.tobytes()
+                    file = options.scratch / f"{hashlib.sha256(key).hexdigest()[:16]}.npz"
+                    if not file.is_file():
+                        np.savez(file, **feed(session, split, stream))
+                    kept = np.load(file)
+                    print(f"{form}, {split}: {kept['seconds']:.0f} s", file=sys.stderr, flush=True)
+                    yield Fed(form, split, kept["logits"], kept["caches"], float(kept["seconds"]))
 
 
-def measure(session: OrtSession, split: str, stream: Stream, expected: Mapping[str, Logits]) -> dict[str, Any]:
-    """Feed the stream once and compare."""
-    sizes = SPLITS[split](stream)
+def feed(session: OrtSession, split: str, stream: Stream) -> dict[str, Any]:
+    """Feed the stream once: the fields of :class:`Fed`."""
     text = session.start(1)
-    caches: list[tuple[int, int, int]] = []  # tokens, bytes of global and of chunked layers, after each call
+    caches: list[tuple[int, int, int]] = []
 
     def steps() -> Iterator[Logits]:
         at = 0
-        for size in sizes:
+        for size in SPLITS[split](stream):
             yield text.step(stream.ids[None, at : at + size])[0]
             at += size
             caches.append((at, *held(text)))
 
     start = time.perf_counter()
     logits = collect(steps(), stream.places, split, len(stream.ids))
-    seconds = time.perf_counter() - start
-    against = {name: difference(logits, wanted, stream) for name, wanted in expected.items()}
-    return {"calls": len(sizes), "seconds": seconds, "against": against, **cache_facts(caches)}
+    return {"logits": logits, "caches": np.array(caches), "seconds": time.perf_counter() - start}
 
 
 def held(text: OrtStream) -> tuple[int, int]:
@@ -247,9 +272,9 @@ def held(text: OrtStream) -> tuple[int, int]:
     return now["global"], now["chunked"]
 
 
-def cache_facts(caches: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+def cache_facts(caches: Ids) -> dict[str, Any]:
     """The most bytes in each tenth of the stream, and the tokens at its end."""
-    tokens, whole, chunked = np.array(caches).T
+    tokens, whole, chunked = caches.T
     parts = [part for part in np.array_split(np.arange(len(tokens)), PARTS) if len(part)]
     return {
         "tokens": [int(tokens[part[-1]]) for part in parts],

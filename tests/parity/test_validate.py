@@ -156,6 +156,13 @@ def test_windows_that_cross_no_boundary_are_noted(info: ArtifactInfo) -> None:
     assert any("No chunk boundary was crossed" in note for note in report.notes)
 
 
+def test_a_text_shorter_than_a_window_is_noted(info: ArtifactInfo) -> None:
+    windows, used = prepare_text(info, None, tokens=30, window=1000)
+    policy = Policy("any", Thresholds(), Thresholds())
+    report = compare(Fake(), Fake(), windows, info=info, used=used, policy=policy)
+    assert "The longest window has 30 tokens, not 1000: there were no more." in report.notes
+
+
 def test_batch_rows_come_from_different_places() -> None:
     texts = spread([np.arange(50), np.arange(50, 100)], (30, 20, 10))
     assert [(text[0], text[-1]) for text in texts] == [(0, 29), (40, 59), (90, 99)]
