@@ -184,6 +184,7 @@ def load_model(
     optimized: bool = True,
     cpu_form: bool = False,
     fuse_quantized: bool = True,
+    mapped: bool = False,
     provider: Provider = "cpu",
 ) -> Any:
     """An ``onnxruntime.InferenceSession``.
@@ -194,6 +195,8 @@ def load_model(
         optimized: Whether ONNX Runtime may rewrite the graph; False: every node runs as it is written.
         fuse_quantized: Whether it may fuse DequantizeLinear with what follows. It does so even where no kernel takes
             FP8, and looks in the wrong graph for weights that a loop uses (1.31).
+        mapped: Whether weights stay in the mapped file and memory that is not used is given back, at the price of
+            speed; False: kernels may copy weights into layouts of their own.
         cpu_form: Whether the graph computes in bfloat16, or has kernels that only CUDA has, and so has to be rewritten
             (l4convert/runtime/cpu_form.py).
         provider: Where it runs; the CPU takes what another provider has no kernel for.
@@ -217,6 +220,9 @@ def load_model(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in SETTINGS.items():
         options.add_session_config_entry(key, value)
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
     if not fuse_quantized:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     source: str | bytes = str(model)
