@@ -67,6 +67,7 @@ class OrtSession:
         max_length: int | None = None,
         threads: int | None = None,
         provider: Provider = "cpu",
+        profile: Path | None = None,
     ) -> Self:
         """Load an artifact.
 
@@ -76,6 +77,7 @@ class OrtSession:
                 they are fewer. The other forms grow and take this as a limit only where it is given.
             threads: Threads for one operator; default: ONNX Runtime's choice.
             provider: The execution provider: ``cpu`` or ``cuda``.
+            profile: How the path of a profile begins that is written by :meth:`end_profile`; None: no profile.
 
         Raises:
             InputError: No artifact, a damaged one, or a graph that does not keep the I/O contract.
@@ -90,7 +92,9 @@ class OrtSession:
         # Graphs of the other runtimes are lowered to what this one fuses well.
         fuse = info.calls == "any"
         rewrite = provider == "cpu" and (info.compute == "bfloat16" or info.target == "cuda")
-        session = load_model(artifact / MODEL_FILE, threads, cpu_form=rewrite, fuse_quantized=fuse, provider=provider)
+        session = load_model(
+            artifact / MODEL_FILE, threads, cpu_form=rewrite, fuse_quantized=fuse, provider=provider, profile=profile
+        )
         return cls(info, session, max_length or default, provider)
 
     @property
@@ -102,6 +106,10 @@ class OrtSession:
     def config(self) -> DecoderConfig:
         """The model's hyperparameters."""
         return self.info.config
+
+    def end_profile(self) -> Path:
+        """Write what every call since :meth:`open` took, node by node (Chrome's trace format); that file."""
+        return Path(self._session.end_profiling())
 
     def start(self, batch: int) -> OrtStream:
         """Begin ``batch`` empty sequences."""
@@ -191,6 +199,7 @@ def load_model(
     cpu_form: bool = False,
     fuse_quantized: bool = True,
     provider: Provider = "cpu",
+    profile: Path | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession``.
 
@@ -203,6 +212,7 @@ def load_model(
         cpu_form: Whether the graph computes in bfloat16, or has kernels that only CUDA has, and so has to be rewritten
             (l4convert/runtime/cpu_form.py).
         provider: Where it runs; the CPU takes what another provider has no kernel for.
+        profile: How the path of the profile begins that the session writes when told to end it; None: no profile.
 
     Raises:
         InputError: The file is absent or ONNX Runtime refuses it.
@@ -221,6 +231,9 @@ def load_model(
         options.intra_op_num_threads = threads
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     for key, value in SETTINGS.items():
         options.add_session_config_entry(key, value)
     if not fuse_quantized:
