@@ -18,8 +18,8 @@ from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType
 from l4convert.graph_passes.base import Pass, PassReport
 from l4convert.progress import Progress
 from l4convert.quantization.recipe import Recipe
-from l4convert.runtime.caches import as_float32, ort_value
 from l4convert.runtime.cuda_kernels import has_cuda_kernels
+from l4convert.runtime.ort_values import as_float32, ort_value
 from l4convert.runtime.session import load_model
 
 #: Largest |difference| of any output that an exact pass may make, relative to the largest |value| of that output.

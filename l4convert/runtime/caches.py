@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.runtime.manifest import KvCache
+from l4convert.runtime.ort_values import as_float32, copy_to, ort_value, repeated, without_last
 from l4convert.runtime.runner import FloatArray, IntArray
 
 
@@ -236,64 +233,6 @@ def restored_slots(form: KvCache, names: CacheNames, lengths: IntArray, room: Ca
     if form == "growing":
         return [longest] * len(names.past)
     return [longest if chunk is None else int((lengths % chunk).max()) for chunk in names.slots]
-
-
-def ort_value(array: np.ndarray) -> Any:
-    """An ``OrtValue`` on the CPU; NumPy has no bfloat16 of its own, so ONNX Runtime is given the bits and the type."""
-    from onnxruntime import OrtValue
-
-    if array.dtype == ml_dtypes.bfloat16:
-        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
-    return OrtValue.ortvalue_from_numpy(array)
-
-
-def copy_to(value: Any, device: str) -> Any:
-    """A copy of an ``OrtValue`` in a provider's memory."""
-    from onnxruntime import OrtValue
-
-    copied = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device, 0)
-    if 0 not in value.shape():
-        copied.update_inplace(value)
-    return copied
-
-
-def host_array(value: Any) -> np.ndarray:
-    """What an ``OrtValue`` on the CPU holds, without a copy, of any type; the value must outlive it."""
-    shape, dtype = value.shape(), ir.DataType(value.element_type()).numpy()
-    size = math.prod(shape) * dtype.itemsize
-    if not size:
-        return np.empty(shape, dtype)
-    # ONNX Runtime gives no array of a type that NumPy does not have.
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(value.data_ptr()), dtype).reshape(shape)
-
-
-def without_last(value: Any, slots: int) -> Any:
-    """A copy of a cache [B, heads, N, width], on its device, without the last slots, at most all it has."""
-    device = value.device_name()
-    host = value if device == "cpu" else copy_to(value, "cpu")
-    kept = ort_value(np.ascontiguousarray(host_array(host)[:, :, : max(0, value.shape()[2] - slots)]))
-    return kept if device == "cpu" else copy_to(kept, device)
-
-
-def repeated(value: Any, copies: int) -> Any:
-    """A copy of a cache, on its device, with each row so many times."""
-    device = value.device_name()
-    if copies == 1:
-        return copy_to(value, device)
-    host = value if device == "cpu" else copy_to(value, "cpu")
-    rows = ort_value(np.repeat(host_array(host), copies, axis=0))
-    return rows if device == "cpu" else copy_to(rows, device)
-
-
-def as_float32(value: Any) -> FloatArray:
-    """The content of an ``OrtValue`` on the CPU, of any floating type."""
-    if value.element_type() != ir.DataType.BFLOAT16:
-        result: FloatArray = np.asarray(value.numpy(), np.float32)
-        return result
-    shape = value.shape()
-    # ONNX Runtime gives no array of a type that NumPy does not have.
-    bits = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
-    return np.frombuffer(bits, ml_dtypes.bfloat16).reshape(shape).astype(np.float32)
 
 
 class CacheForm(Protocol):

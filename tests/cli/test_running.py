@@ -19,7 +19,7 @@ from l4convert.cli._doctor_gpu import gpu_lines, gpu_report
 from l4convert.errors import BackendMissing, UsageError
 from l4convert.gpus import Gpu, Gpus
 from l4convert.runtime import EngineSession, RunWith
-from l4convert.runtime.caches import copy_to, ort_value
+from l4convert.runtime.ort_values import copy_to, ort_value
 from l4convert.runtime.providers import check_started, prepare
 from tests.artifacts import write_canonical_artifact
 from tests.checkpoints import write_random_checkpoint
