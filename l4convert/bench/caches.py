@@ -13,6 +13,7 @@ from l4convert.emit.memory import available_bytes
 from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import UsageError
 from l4convert.progress import format_amount
+from l4convert.quantization.kv import KV_FORMATS
 from l4convert.runtime.manifest import ArtifactInfo, KvCache
 
 LAYERS = ("global", "chunked")
@@ -35,33 +36,41 @@ class CacheSizes:
 
     @classmethod
     def of(cls, info: ArtifactInfo) -> CacheSizes:
-        """From the inputs of an artifact's graph; its weights are not read."""
+        """From the types of the inputs of an artifact's graph; its weights are not read."""
         import onnx
 
+        heads, width = info.config.num_key_value_heads, info.config.head_dim
         graph = onnx.load(info.path / MODEL_FILE, load_external_data=False).graph
         slot_bytes = dict.fromkeys(LAYERS, 0)
         for value in graph.input:
             prefix, _, rest = value.name.partition(".")
             if prefix == "past_key_values":
                 layer = info.config.layers[int(rest.partition(".")[0])]
-                slot_bytes["chunked" if layer.chunked else "global"] += _slot_bytes(value.type.tensor_type)
+                slot_bytes["chunked" if layer.chunked else "global"] += heads * _head_bytes(
+                    value.type.tensor_type.elem_type, width
+                )
         return cls(info.kv_cache, info.config.attention_chunk_size, slot_bytes)
 
     def used(self, length: int) -> dict[str, int]:
-        """Bytes that hold the tokens of a sequence of this length: what any length of buffers needs at least."""
-        chunked = length if self.form == "growing" else min(length, self.chunk)
+        """Bytes that hold something of a sequence of this length, between two calls; buffers may be longer.
+
+        The windowed form gives a chunk up when it is full; static buffers keep it until it is written over.
+        """
+        chunked = {"growing": length, "windowed": length % self.chunk, "static": min(length, self.chunk)}[self.form]
         return {"global": self.slot_bytes["global"] * length, "chunked": self.slot_bytes["chunked"] * chunked}
 
     def at_once(self, length: int) -> int:
         """The most bytes during a call: caches that grow are there twice, as they were and as they become."""
-        total = sum(self.used(length).values())
+        chunked = length if self.form == "growing" else min(length, self.chunk)
+        total = self.slot_bytes["global"] * length + self.slot_bytes["chunked"] * chunked
         return total if self.form == "static" else 2 * total
 
 
-def _slot_bytes(tensor: Any) -> int:
-    heads, width = (tensor.shape.dim[axis].dim_value for axis in (1, 3))
-    size: int = ir.DataType(tensor.elem_type).itemsize * heads * width
-    return size
+def _head_bytes(element: int, width: int) -> int:
+    """Of one token's key or value in one head: an element type that packs several numbers has fewer elements."""
+    dtype = ir.DataType(element)
+    packing = next((form.packing for form in KV_FORMATS.values() if form.storage == dtype), 1)
+    return int(dtype.itemsize * width) // packing
 
 
 def require_room(what: str, needed: int, available: int | None = None) -> None:

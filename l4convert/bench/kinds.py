@@ -59,9 +59,11 @@ class NodeKinds:
         layer, part = int(match[1]), match[2]
         if _PROJECTION.match(part):
             return PROJECTIONS
-        if part.startswith("self_attn/attention"):
+        if part.endswith("residual"):
+            return OTHER
+        if part.startswith("self_attn/"):
             return CHUNKED if self.config.layers[layer].chunked else GLOBAL
-        return FEED_FORWARD if part.startswith("feed_forward") and not part.endswith("residual") else OTHER
+        return FEED_FORWARD if part.startswith("feed_forward/") else OTHER
 
 
 def mask_nodes(model: Any) -> Iterator[str]:

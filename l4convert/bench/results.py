@@ -101,8 +101,9 @@ class Point:
         context: Tokens after the last decode step.
         prefill: None where caches were filled with random numbers.
         decode_ms: Each counted decode step, in order.
-        cache_bytes: Key/value caches by kind of layer (``global``, ``chunked``), as they are allocated;
-            ``cache_used_bytes``: what of them holds tokens. None where the runtime does not tell.
+        cache_bytes: Key/value caches by kind of layer (``global``, ``chunked``) as the last decode step finds them,
+            with ``context - 1`` tokens: what is allocated; ``cache_used_bytes``: what of it is in use. None where the
+            runtime does not tell.
         peak_rss: The most bytes that the process has had in memory so far.
         breakdown: None where there is no profiler.
     """

@@ -100,15 +100,15 @@ def sweep(
         if not plan.synthetic:
             seconds = feeder.prefill(subject, at, begin)
             so_far = Prefill(so_far.tokens + begin - at, so_far.seconds + seconds, begin - at, seconds)
-        decoded = feeder.decode(subject)
+        decoded, held = feeder.decode(subject)
         at = context
         points.append(
             Point(
                 context=context,
                 prefill=None if plan.synthetic else so_far,
                 decode_ms=tuple(1000 * seconds for seconds in counted(decoded)),
-                cache_bytes=subject.cache_bytes(),
-                cache_used_bytes=None if used is None else used(context),
+                cache_bytes=held,
+                cache_used_bytes=None if used is None else used(context - 1),
                 peak_rss=peak_resident_bytes(),
             )
         )
@@ -140,9 +140,14 @@ class _Feeder:
         """Feed up to a length; seconds."""
         return sum(self._feed(subject, size) for size in self._plan.steps(at, end))
 
-    def decode(self, subject: Subject) -> list[float]:
-        """Feed single tokens; seconds of each."""
-        return [self._feed(subject, 1) for _ in range(self._plan.decode_tokens)]
+    def decode(self, subject: Subject) -> tuple[list[float], Mapping[str, int] | None]:
+        """Feed single tokens; seconds of each, and bytes of the caches as the last one finds them.
+
+        Not as it leaves them: where it is the last of a chunk, some forms of cache have given that chunk up then.
+        """
+        seconds = [self._feed(subject, 1) for _ in range(self._plan.decode_tokens - 1)]
+        held = subject.cache_bytes()
+        return [*seconds, self._feed(subject, 1)], held
 
     def _feed(self, subject: Subject, size: int) -> float:
         ids = self._rng.integers(0, self._plan.config.vocab_size, (1, size), dtype=np.int64)
