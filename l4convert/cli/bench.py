@@ -41,7 +41,7 @@ def _contexts(_ctx: click.Context, _param: click.Parameter, value: str | None) -
               help="Run transformers on this checkpoint, too: the one OUT was made from.")  # fmt: skip
 @click.option("--reference-dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
               help="In which type transformers computes.")  # fmt: skip
-@click.option("--context", "contexts", metavar="N,N,...", callback=_contexts,
+@click.option("--context", metavar="N,N,...", callback=_contexts,
               help="Lengths to measure, ascending.  [default: 1k,4k,16k,64k]")  # fmt: skip
 @click.option("--decode-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N",
               help="Time so many single tokens at each length.")  # fmt: skip
@@ -59,7 +59,7 @@ def command(
     artifact: Path,
     reference: Path | None,
     reference_dtype: Dtype,
-    contexts: tuple[int, ...] | None,
+    context: tuple[int, ...] | None,
     decode_tokens: int,
     threads: int | None,
     synthetic: bool,
@@ -79,7 +79,7 @@ def command(
         check_plot_file(plot)
     options = BenchOptions(
         artifact=artifact,
-        contexts=contexts,
+        contexts=context,
         reference=reference,
         reference_dtype=reference_dtype,
         decode_tokens=decode_tokens,

@@ -121,3 +121,16 @@ def test_an_engine_without_a_gpu(artifact: Path, tmp_path: Path, capsys: pytest.
     copied = add_engines(Path(shutil.copytree(artifact, tmp_path / "scout")))
     assert cli.run(["bench", str(copied), "--engine", "rtx-4090", "--context", "40", "--decode-tokens", "2"]) == 5
     assert "an engine runs on an NVIDIA GPU only" in capsys.readouterr().err
+
+
+def test_lengths_from_the_environment_and_from_a_file(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("L4CONVERT_BENCH_CONTEXT", "6k")
+    assert cli.run(["bench", str(artifact)]) == 2
+    monkeypatch.delenv("L4CONVERT_BENCH_CONTEXT")
+    (tmp_path / "options.toml").write_text('[bench]\ncontext = "7k"\n')
+    assert cli.run(["--config", str(tmp_path / "options.toml"), "bench", str(artifact)]) == 2
+    errors = capsys.readouterr().err
+    assert "a context of 6144 tokens" in errors
+    assert "a context of 7168 tokens" in errors
