@@ -401,7 +401,10 @@ def _target(options: ConvertOptions | PlanOptions) -> tuple[Target, Hardware | N
     if name in TARGETS:
         return TARGETS[name], None
     if not isinstance(options, PlanOptions):
-        raise UsageError(f"unknown target {name!r}", f"known targets: {', '.join(TARGETS)}")
+        hint = f"known targets: {', '.join(TARGETS)}"
+        if name in hardware_names():
+            hint = f"{name} is hardware: convert with --target {next(iter(load_hardware(name).runtimes), 'cpu')}"
+        raise UsageError(f"unknown target {name!r}", hint)
     if not name.endswith(".toml") and name not in hardware_names():
         known = f"targets: {', '.join(TARGETS)}; hardware: {', '.join(hardware_names())}, or your own FILE.toml"
         raise UsageError(f"unknown target {name!r}", known)

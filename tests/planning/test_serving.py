@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from l4convert.checkpoint.presets import SCOUT
-from l4convert.pipeline import PlanOptions, plan_conversion
+from l4convert.errors import UsageError
+from l4convert.pipeline import ConvertOptions, PlanOptions, plan_conversion
 from l4convert.planning import ConversionPlan
 from l4convert.planning.figures import Figure
 from l4convert.planning.speed import Layout
@@ -99,3 +100,9 @@ def test_hardware_that_says_little(serving: Callable[..., ServingPlan]):
 
 def test_a_plan_of_a_conversion_only_says_nothing_of_its_use(nano: Path):
     assert plan_conversion(PlanOptions(nano)).serving is None
+
+
+def test_a_conversion_is_for_a_runtime_and_the_hint_names_it(nano: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="unknown target 'h100'") as refused:
+        plan_conversion(ConvertOptions(nano, tmp_path / "out", target="h100"))
+    assert refused.value.hint == "h100 is hardware: convert with --target tensorrt"
