@@ -4,7 +4,7 @@
 
 Scout's last position is 10,485,759. No machine here can read a text to there, but one step at that position needs only
 the caches, and any content does: keys and values are random, a few keys much larger than the others, so that every
-part of the text matters. The step is run by an artifact with static caches, through ``OrtSession.restore``, and computed
+part of the text matters. The step is run by an artifact with static caches (``OrtSession.restore``), and computed
 again in float64 (float64_step.py), which knows absolute positions only.
 
 Without ``--checkpoint`` a random model of four layers is made, one of them global, with one key/value head of width 8:
