@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from l4convert.calibrating import Calibration, calibration_of
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import expected_tensors
@@ -32,7 +33,9 @@ from l4convert.planning.memory import plan_memory
 from l4convert.planning.sharing import SharingPlan, plan_sharing
 from l4convert.planning.tensors import tensor_plans
 from l4convert.progress import NO_PROGRESS, Progress
-from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules
+from l4convert.quantization.kv import KvScheme
+from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules, with_kv_cache
+from l4convert.runtime.calibration_text import DEFAULT_TOKENS, CalibrationText, read_calibration_text
 from l4convert.runtime.client_files import client_files
 from l4convert.targets import TARGETS, Target
 
@@ -55,13 +58,17 @@ class _HowOptions:
     """How a checkpoint is converted, whether it is done or only planned.
 
     ``kv_cache`` and ``compute`` are the target's own where they are None. ``jobs`` and ``memory_limit`` (as "4G")
-    change how fast the artifact is written, not one byte of it.
+    change how fast the artifact is written, not one byte of it. ``kv_dtype``, ``kv_granularity`` and ``kv_layers`` go
+    over the recipe's ``[kv_cache]`` table.
     """
 
     target: str = "cpu"
     recipe: str = "int4"
     block_size: int | None = None
     kv_cache: str | None = None
+    kv_dtype: str | None = None
+    kv_granularity: str | None = None
+    kv_layers: str | None = None
     compute: str | None = None
     share_weights: bool = False
     verify_passes: bool = False
@@ -76,11 +83,14 @@ class ConvertOptions(_HowOptions):
     """What ``l4convert convert`` is asked for; field by field the options of that command.
 
     ``cluster`` changes where the bytes are computed (:func:`l4convert.emit.cluster.connected`), not one of them.
+    ``calibration`` is the text that quantized caches need, of which so many tokens are used.
     """
 
     checkpoint: Path
     output: Path
     cluster: str | None = None
+    calibration: Path | None = None
+    calibration_tokens: int = DEFAULT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class ConvertResult:
     Attributes:
         passes: One report for each pass that ran, in order.
         bytes, tensors: Size and number of the tensors in the weights file.
+        kv_scheme: How the caches are quantized; None: they are not.
+        calibration: The text that their scales were found on.
         sharing: What stays in files of the checkpoint, where that was asked for; not counted in the others.
         resumed_bytes: How many of the bytes an earlier run had written.
         machines: How many machines computed weights.
@@ -109,6 +121,8 @@ class ConvertResult:
     target: str
     recipe: str
     kv_cache: str
+    kv_scheme: KvScheme | None
+    calibration: CalibrationText | None
     compute: str
     passes: tuple[PassReport, ...]
     bytes: int
@@ -130,10 +144,12 @@ class _Conversion:
         if options.output is not None:
             sources = [] if options.checkpoint is None else [options.checkpoint]
             check_destination(options.output, options.overwrite, sources)
-        self.recipe = load_recipe(options.recipe, options.block_size, self.target.block_size)
-        _check_kv_dtype(self.target, self.recipe)
+        recipe = load_recipe(options.recipe, options.block_size, self.target.block_size)
+        self.recipe = with_kv_cache(recipe, options.kv_dtype, options.kv_granularity, options.kv_layers)
+        _check_kv_cache(self.recipe, self.target, options)
         self.checkpoint = _open(options)
         _check_recipe(self.recipe, self.checkpoint)
+        self.text = _calibration_text(options, self.checkpoint)
         self.model = self.build(self.checkpoint)
         self.reports = tuple(self.run_pass(p, options, progress) for p in self.passes)
         self.plan = plan_weights(self.model, options.share_weights)
@@ -143,10 +159,42 @@ class _Conversion:
     def passes(self) -> tuple[Pass, ...]:
         return (*CANONICAL_PASSES, *self.target.lowering)
 
-    def build(self, checkpoint: Checkpoint) -> ir.Model:
-        kv_cache: Any = self.kv_cache  # both were checked against the target's lists
+    def build(self, checkpoint: Checkpoint, kv_cache: str | None = None) -> ir.Model:
+        form: Any = kv_cache or self.kv_cache  # both were checked against the target's lists
         compute: Any = self.compute
-        return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, kv_cache, compute)
+        return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, form, compute)
+
+    def calibration(self) -> Calibration | None:
+        """How the scales of quantized caches are found; None where there are none.
+
+        Raises:
+            UsageError: There is no text to find them on.
+        """
+        scheme = self.recipe.kv_cache
+        if scheme is None:
+            return None
+        if self.text is None:
+            raise UsageError(
+                f"caches in {scheme.dtype} need scales, which are found on a text",
+                "give --calibration FILE, a text like those that the model will see",
+            )
+        form = "growing" if "growing" in self.target.kv_caches else self.kv_cache
+        plain = self.build(self.checkpoint, form)
+        recipe = dataclasses.replace(self.recipe, kv_cache=None)
+        for graph_pass in self.passes:
+            graph_pass(plain, recipe)
+        compute: Any = self.compute
+        return calibration_of(
+            plain,
+            config=self.checkpoint.config,
+            compute=compute,
+            form=form,
+            cpu_form=self.compute == "bfloat16" or self.target.name == "cuda",
+            share_weights=self.options.share_weights,
+            scheme=scheme,
+            text=self.text,
+            quantized=self.plan,
+        )
 
     def sample(self) -> WeightsPlan:
         """The same conversion of one layer of each kind, with random weights."""
@@ -197,7 +245,7 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
     start = time.monotonic()
     filling = dataclasses.replace(_filling(options), cluster=cluster)
     conversion = _Conversion(options, progress)
-    checkpoint = conversion.checkpoint
+    checkpoint, calibration = conversion.checkpoint, conversion.calibration()
     resumed: list[int] = []
     write_artifact(
         conversion.model,
@@ -212,12 +260,15 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         sources=checkpoint.files,
         filling=filling,
         on_resumed=resumed.append,
+        finish=None if calibration is None else calibration.finish(conversion.model, progress),
     )
     return ConvertResult(
         output=options.output,
         target=conversion.target.name,
         recipe=conversion.recipe.name,
         kv_cache=conversion.kv_cache,
+        kv_scheme=conversion.recipe.kv_cache,
+        calibration=conversion.text,
         compute=conversion.compute,
         passes=conversion.reports,
         bytes=sum(tensor.nbytes for tensor in conversion.plan.tensors),
@@ -335,17 +386,6 @@ def _choice(target: Target, kind: str, known: Sequence[str], wanted: str | None)
     return wanted
 
 
-def _check_kv_dtype(target: Target, recipe: Recipe) -> None:
-    if recipe.kv_cache is None or recipe.kv_cache.dtype in target.kv_dtypes:
-        return
-    dtype = recipe.kv_cache.dtype
-    others = ", ".join(name for name, row in TARGETS.items() if dtype in row.kv_dtypes)
-    raise UsageError(
-        f"target {target.name} takes no key/value caches of {dtype}, which recipe {recipe.name} asks for",
-        f"targets that do: {others}",
-    )
-
-
 def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Experts are quantized after they were fused, so the names that count are those of stacked ones."""
     unused = unused_rules(recipe, expected_tensors(checkpoint.config, "stacked"))
@@ -357,6 +397,27 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
         )
 
 
+def _check_kv_cache(recipe: Recipe, target: Target, options: ConvertOptions | PlanOptions) -> None:
+    if recipe.kv_cache is None:
+        if isinstance(options, ConvertOptions) and options.calibration is not None:
+            raise UsageError(
+                "--calibration is for quantized caches, and these are not", "give --kv-dtype, or leave it out"
+            )
+    elif recipe.kv_cache.dtype not in target.kv_dtypes:
+        others = ", ".join(name for name, row in TARGETS.items() if recipe.kv_cache.dtype in row.kv_dtypes)
+        raise UsageError(
+            f"target {target.name} takes no key/value caches of {recipe.kv_cache.dtype}",
+            f"give --kv-dtype none, or a target that does: {others}",
+        )
+
+
+def _calibration_text(options: ConvertOptions | PlanOptions, checkpoint: Checkpoint) -> CalibrationText | None:
+    if not isinstance(options, ConvertOptions) or options.calibration is None:
+        return None
+    vocabulary = checkpoint.config.vocab_size
+    return read_calibration_text(options.calibration, checkpoint.path, options.calibration_tokens, vocabulary)
+
+
 def _manifest(conversion: _Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     checkpoint = conversion.checkpoint
     return {
@@ -365,6 +426,7 @@ def _manifest(conversion: _Conversion, options: ConvertOptions, progress: Progre
         "target": conversion.target.name,
         "recipe": conversion.recipe.to_dict(),
         "kv_cache": conversion.kv_cache,
+        **({} if conversion.text is None else {"calibration": conversion.text.to_dict()}),
         "compute": conversion.compute,
         "calls": conversion.target.calls,
         "passes": [

@@ -10,8 +10,9 @@ import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import InputError, UsageError
+from l4convert.parity.by_length import TextComparison
 from l4convert.parity.feeding import feed
-from l4convert.parity.metrics import NO_TARGET, Comparison
+from l4convert.parity.metrics import NO_TARGET, Comparison, measure
 from l4convert.parity.notes import batch_notes, runner_notes, source_notes, text_notes
 from l4convert.parity.outcome import ParityReport, SplitRow, TextUsed
 from l4convert.parity.policy import ELEMENTWISE, Policy, default_policy
@@ -162,7 +163,8 @@ def compare(
     total = used.tokens + len(windows[0]) * len(single) + alone * (1 + len(batch))
     with progress.task("Comparing", total=total, unit="tokens") as task:
         comparer = _Comparer(artifact, reference, policy, chunk, info.config.pad_token_id or 0, task)
-        first, *others = comparer.rows(windows, single, batch)
+        text = TextComparison(max(map(len, windows)))
+        first, *others = comparer.rows(windows, single, batch, text)
     rows = (replace(first, failures=(*faults, *first.failures)), *others)
     return ParityReport(
         artifact=info.path.name,
@@ -173,6 +175,7 @@ def compare(
         text=used,
         policy=policy,
         rows=rows,
+        by_length=text.by_length.rows(),
         notes=(*text_notes(used, len(windows[0]), chunk), *batch_notes(batches, batch, max_batch)),
     )
 
@@ -204,14 +207,16 @@ class _Comparer:
         self._pad_id = pad_id
         self._task = task
 
-    def rows(self, windows: Sequence[IntArray], single: Sequence[Split], batch: Sequence[Split]) -> Iterator[SplitRow]:
+    def rows(
+        self, windows: Sequence[IntArray], single: Sequence[Split], batch: Sequence[Split], comparison: TextComparison
+    ) -> Iterator[SplitRow]:
         """Every window in one call, the first one by the splits ``single``, parts of all by the splits ``batch``."""
-        comparison, first = Comparison(), self._measure(windows[0])
-        comparison.update(first.reference, first.own, first.targets)
+        first = self._measure(windows[0])
+        comparison.add(0, measure(first.reference, first.own, first.targets))
         for ids in windows[1:]:
             text = self._measure(ids)
-            comparison.update(text.reference, text.own, text.targets)
-        yield self._whole(windows, comparison)
+            comparison.add(0, measure(text.reference, text.own, text.targets))
+        yield self._whole(windows, comparison.whole)
         for split in single:
             yield self._split(split, [first])
         if batch:

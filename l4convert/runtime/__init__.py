@@ -6,7 +6,8 @@ from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.open import ON_CPU, RunWith
 from l4convert.runtime.runner import Runner, Stream
 from l4convert.runtime.sampling import Sampler, SamplingOptions
-from l4convert.runtime.session import OrtSession, OrtStream
+from l4convert.runtime.session import OrtSession
+from l4convert.runtime.stream import OrtStream
 from l4convert.runtime.tokenizer import TextStream, TextTokenizer
 
 __all__ = [

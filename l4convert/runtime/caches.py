@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import ml_dtypes
@@ -47,6 +47,17 @@ class CacheNames:
             head_dim=config.head_dim,
         )
 
+    def chunked_slots(self, caches: Sequence[Any]) -> int:
+        """The fewest slots of a chunked layer's cache; 0 in a model that has none."""
+        return min((c.shape()[2] for c, slots in zip(caches, self.slots, strict=True) if slots is not None), default=0)
+
+    def nbytes(self, caches: Sequence[Any]) -> dict[str, int]:
+        """Bytes of the caches of ``global`` and of ``chunked`` layers."""
+        total = {"global": 0, "chunked": 0}
+        for value, slots in zip(caches, self.slots, strict=True):
+            total["global" if slots is None else "chunked"] += value.tensor_size_in_bytes()
+        return total
+
 
 class KvCacheState(Protocol):
     """The caches of one batch."""
@@ -60,6 +71,31 @@ class KvCacheState(Protocol):
         Returns:
             Logits [B, S, vocabulary].
         """
+        ...
+
+    @property
+    def chunked_slots(self) -> int:
+        """Slots that every chunked layer has now."""
+        ...
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the caches of ``global`` and of ``chunked`` layers."""
+        ...
+
+    def drop_last(self, slots: int) -> None:
+        """Forget so many last slots of every layer, or all it has. Never asked of static caches."""
+        ...
+
+    def fork(self, copies: int | None) -> Self:
+        """Caches of their own with the same content; of one row, ``copies`` rows."""
+        ...
+
+
+class CacheSource(Protocol):
+    """Makes the content of a cache."""
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], /) -> np.ndarray:
+        """An array for an input of the graph."""
         ...
 
 
@@ -83,15 +119,31 @@ class CacheRoom:
         host = ort_value(self.elements[name].zeros(self.batch, names.heads, slots))
         return host if self.device == "cpu" else copy_to(host, self.device)
 
+    def filled(self, names: CacheNames, name: str, slots: int, source: CacheSource) -> Any:
+        """A cache with content, as an ``OrtValue`` on the device; on the CPU it is the source's array.
+
+        Raises:
+            ValueError: The source gives an array of another shape or type, or one that is not contiguous.
+        """
+        elements = self.elements[name]
+        shape = (self.batch, names.heads, slots, elements.width)
+        array = source(name, shape, elements.dtype)
+        if array.shape != shape or array.dtype != elements.dtype or not array.flags.c_contiguous:
+            raise ValueError(
+                f"cache {name} is {array.dtype} {array.shape}, expected contiguous {elements.dtype} {shape}"
+            )
+        host = ort_value(array)
+        return host if self.device == "cpu" else copy_to(host, self.device)
+
 
 class FedBackCache:
     """Growing and windowed: what came out as present goes in as past, whatever its length; it starts with length 0."""
 
-    def __init__(self, session: Any, names: CacheNames, room: CacheRoom) -> None:
+    def __init__(self, session: Any, names: CacheNames, room: CacheRoom, values: Sequence[Any] | None = None) -> None:
         self._session = session
         self._names = names
         self._room = room
-        self._past = [room.zeros(names, name, 0) for name in names.past]
+        self._past = list(values) if values else [room.zeros(names, name, 0) for name in names.past]
 
     def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
         """Run once; the caches stay in ONNX Runtime's memory and are never copied to numpy."""
@@ -107,21 +159,42 @@ class FedBackCache:
         logits, *self._past = binding.get_outputs()
         return as_float32(logits)
 
+    @property
+    def chunked_slots(self) -> int:
+        """See :class:`KvCacheState`."""
+        return self._names.chunked_slots(self._past)
+
+    def nbytes(self) -> dict[str, int]:
+        """See :class:`KvCacheState`."""
+        return self._names.nbytes(self._past)
+
+    def drop_last(self, slots: int) -> None:
+        """See :class:`KvCacheState`: the rest is copied, a layer at a time."""
+        for index, value in enumerate(self._past):
+            self._past[index] = without_last(value, slots)
+
+    def fork(self, copies: int | None) -> FedBackCache:
+        """See :class:`KvCacheState`: without copies both share what is never written to."""
+        values = self._past if copies is None else [repeated(value, copies) for value in self._past]
+        room = self._room if copies is None else replace(self._room, batch=copies)
+        return FedBackCache(self._session, self._names, room, values)
+
 
 class StaticCache:
     """Static: buffers made once and bound as past and as present, so that a call updates them in place."""
 
-    def __init__(self, session: Any, names: CacheNames, room: CacheRoom) -> None:
+    def __init__(self, session: Any, names: CacheNames, room: CacheRoom, values: Sequence[Any] | None = None) -> None:
         self._session = session
+        self._names = names
+        self._room = room
         self._binding = session.io_binding()
         self._binding.bind_output("logits", "cpu")  # first, so that it is the first of get_outputs()
-        self._buffers = []
-        for past, present, slots in zip(names.past, names.present, names.slots, strict=True):
-            # Zeros, because unused slots are masked by adding to their scores, and garbage may be NaN.
-            buffer = room.zeros(names, past, room.max_length if slots is None else min(slots, room.max_length))
+        # Zeros, because unused slots are masked by adding to their scores, and garbage may be NaN.
+        sizes = zip(names.past, static_slots(names, room), strict=True)
+        self._buffers = list(values) if values else [room.zeros(names, name, slots) for name, slots in sizes]
+        for past, present, buffer in zip(names.past, names.present, self._buffers, strict=True):
             self._binding.bind_ortvalue_input(past, buffer)
             self._binding.bind_ortvalue_output(present, buffer)
-            self._buffers.append(buffer)
 
     def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
         """Run once, in place."""
@@ -130,6 +203,44 @@ class StaticCache:
         self._binding.bind_output("logits", "cpu")  # anew: its shape differs from call to call
         self._session.run_with_iobinding(self._binding)
         return as_float32(self._binding.get_outputs()[0])
+
+    @property
+    def chunked_slots(self) -> int:
+        """See :class:`KvCacheState`."""
+        return self._names.chunked_slots(self._buffers)
+
+    def nbytes(self) -> dict[str, int]:
+        """See :class:`KvCacheState`: all of the buffers, however much of them is used."""
+        return self._names.nbytes(self._buffers)
+
+    def drop_last(self, slots: int) -> None:
+        """See :class:`KvCacheState`.
+
+        Raises:
+            ValueError: Always; buffers keep their size.
+        """
+        raise ValueError(f"{slots} slots cannot be dropped from buffers")
+
+    def fork(self, copies: int | None) -> StaticCache:
+        """See :class:`KvCacheState`: buffers of their own."""
+        batch = self._room.batch if copies is None else copies
+        values = [repeated(buffer, copies or 1) for buffer in self._buffers]
+        return StaticCache(self._session, self._names, replace(self._room, batch=batch), values)
+
+
+def static_slots(names: CacheNames, room: CacheRoom) -> list[int]:
+    """Slots of each static buffer: what is ever in use at once."""
+    return [room.max_length if slots is None else min(slots, room.max_length) for slots in names.slots]
+
+
+def restored_slots(form: KvCache, names: CacheNames, lengths: IntArray, room: CacheRoom) -> list[int]:
+    """Slots of each cache that holds rows of these lengths [B]."""
+    if form == "static":
+        return static_slots(names, room)
+    longest = int(lengths.max())
+    if form == "growing":
+        return [longest] * len(names.past)
+    return [longest if chunk is None else int((lengths % chunk).max()) for chunk in names.slots]
 
 
 def ort_value(array: np.ndarray) -> Any:
@@ -158,6 +269,34 @@ def copy_to(value: Any, device: str) -> Any:
     return copied
 
 
+def host_array(value: Any) -> np.ndarray:
+    """What an ``OrtValue`` on the CPU holds, without a copy, of any type; the value must outlive it."""
+    shape, dtype = value.shape(), ir.DataType(value.element_type()).numpy()
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return np.empty(shape, dtype)
+    # ONNX Runtime gives no array of a type that NumPy does not have.
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(value.data_ptr()), dtype).reshape(shape)
+
+
+def without_last(value: Any, slots: int) -> Any:
+    """A copy of a cache [B, heads, N, width], on its device, without the last slots, at most all it has."""
+    device = value.device_name()
+    host = value if device == "cpu" else copy_to(value, "cpu")
+    kept = ort_value(np.ascontiguousarray(host_array(host)[:, :, : max(0, value.shape()[2] - slots)]))
+    return kept if device == "cpu" else copy_to(kept, device)
+
+
+def repeated(value: Any, copies: int) -> Any:
+    """A copy of a cache, on its device, with each row so many times."""
+    device = value.device_name()
+    if copies == 1:
+        return copy_to(value, device)
+    host = value if device == "cpu" else copy_to(value, "cpu")
+    rows = ort_value(np.repeat(host_array(host), copies, axis=0))
+    return rows if device == "cpu" else copy_to(rows, device)
+
+
 def as_float32(value: Any) -> FloatArray:
     """The content of an ``OrtValue`` on the CPU, of any type; quantized caches give their codes."""
     dtype = ir.DataType(value.element_type()).numpy()
@@ -170,7 +309,17 @@ def as_float32(value: Any) -> FloatArray:
     return np.frombuffer(bits, dtype).reshape(shape).astype(np.float32)
 
 
-CACHE_FORMS: Mapping[KvCache, Callable[[Any, CacheNames, CacheRoom], KvCacheState]] = {
+class CacheForm(Protocol):
+    """Makes the caches of a batch: empty, or of given values for each name."""
+
+    def __call__(
+        self, session: Any, names: CacheNames, room: CacheRoom, values: Sequence[Any] | None = None
+    ) -> KvCacheState:
+        """The caches."""
+        ...
+
+
+CACHE_FORMS: Mapping[KvCache, CacheForm] = {
     "growing": FedBackCache,
     "windowed": FedBackCache,
     "static": StaticCache,

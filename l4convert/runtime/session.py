@@ -12,12 +12,21 @@ from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError, UsageError, backend_missing
 from l4convert.runtime.cache_elements import CacheElements, cache_elements, mixed_types
-from l4convert.runtime.caches import CACHE_FORMS, CacheNames, CacheRoom, KvCacheState
-from l4convert.runtime.calls import in_place_calls
+from l4convert.runtime.caches import (
+    CACHE_FORMS,
+    CacheNames,
+    CacheRoom,
+    CacheSource,
+    KvCacheState,
+    restored_slots,
+)
 from l4convert.runtime.cpu_form import cpu_form_of
+from l4convert.runtime.history import TokenHistory
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
+from l4convert.runtime.occupancy import Columns, Occupancy, Slots
 from l4convert.runtime.providers import PROVIDERS, Provider, check_started, prepare
-from l4convert.runtime.runner import FloatArray, IntArray, check_step, check_vocabulary
+from l4convert.runtime.runner import FloatArray, IntArray
+from l4convert.runtime.stream import OrtStream
 
 # How long a stream may become in the static form where the caller does not say: enough for a conversation, and small
 # beside the weights (Scout: 0.8 GB of float32 caches).
@@ -33,7 +42,7 @@ class OrtSession:
 
     Attributes:
         info: The artifact's manifest.
-        max_length: How many tokens (padding included) a stream can take.
+        max_length: How many tokens a sequence can have.
         provider: Where it runs; ``cuda`` keeps the caches in the GPU's memory.
     """
 
@@ -88,16 +97,73 @@ class OrtSession:
         """The model's hyperparameters."""
         return self.info.config
 
-    def new_cache(self, batch: int) -> KvCacheState:
-        """Empty key/value caches for ``batch`` sequences, in the artifact's cache form."""
-        room = CacheRoom(batch, self.max_length, self._cache_elements, self.provider)
-        return CACHE_FORMS[self.info.kv_cache](self._session, CacheNames.of(self.config), room)
-
     def start(self, batch: int) -> OrtStream:
         """Begin ``batch`` empty sequences."""
         if batch < 1:
             raise ValueError(f"batch is {batch}, expected at least 1")
-        return OrtStream(self, self.new_cache(batch), batch)
+        cache = CACHE_FORMS[self.info.kv_cache](self._session, CacheNames.of(self.config), self._room(batch))
+        return self._stream(cache, np.zeros(batch, np.int64))
+
+    def restore(self, lengths: IntArray, caches: CacheSource) -> OrtStream:
+        """Go on where the caches of other sequences end, whoever made them.
+
+        Args:
+            lengths: Tokens that each row has, [B].
+            caches: Called for each cache input of the graph, in order, as ``caches(name, shape, dtype)``; gives the
+                array of that shape [B, kv_heads, slots, width], contiguous, which becomes the cache itself on a CPU
+                and is not copied. In the static form a token's slot is its position, in chunked layers its position
+                mod C. In the others a row's last token is in the last slot, the one before it in the slot before, and
+                so on; in the windowed form chunked layers have as many slots as the row of the longest chunk needs.
+                Slots without a token must hold finite numbers.
+
+        Raises:
+            ValueError: Lengths that are negative, or an array of another shape or type.
+            UsageError: A row is longer than the session's ``max_length``.
+        """
+        lengths = np.asarray(lengths, np.int64)
+        if lengths.ndim != 1 or not lengths.size or (lengths < 0).any():
+            raise ValueError(f"lengths are {lengths.tolist()}, expected one that is not negative for each row")
+        if lengths.max() > self.max_length:
+            raise UsageError(f"a sequence of {lengths.max()} tokens, and the session has room for {self.max_length}")
+        names, room = CacheNames.of(self.config), self._room(len(lengths))
+        slots = restored_slots(self.info.kv_cache, names, lengths, room)
+        values = [room.filled(names, name, count, caches) for name, count in zip(names.past, slots, strict=True)]
+        return self._stream(CACHE_FORMS[self.info.kv_cache](self._session, names, room, values), lengths)
+
+    def run(self, cache: KvCacheState, input_ids: IntArray, mask: IntArray) -> FloatArray:
+        """One call of the graph, for streams.
+
+        Args:
+            cache: The caches, which are brought up to date.
+            input_ids: [B, S]; ``mask``: [B, past + S].
+
+        Returns:
+            Logits [B, S, vocabulary].
+
+        Raises:
+            InputError: ONNX Runtime failed.
+        """
+        try:
+            logits = cache.run({"input_ids": np.ascontiguousarray(input_ids), "attention_mask": mask})
+        except Exception as error:  # onnxruntime's exception types are private and differ between versions
+            raise InputError(f"{self.info.path / MODEL_FILE}: ONNX Runtime failed: {_summary(error)}") from error
+        expected = (*input_ids.shape, self.config.vocab_size)
+        if logits.shape != expected:
+            raise InputError(f"{self.info.path / MODEL_FILE}: logits have shape {logits.shape}, not {expected}")
+        return logits
+
+    def _room(self, batch: int) -> CacheRoom:
+        return CacheRoom(batch, self.max_length, self._cache_elements, self.provider)
+
+    def _stream(self, cache: KvCacheState, lengths: IntArray) -> OrtStream:
+        chunk = self.config.attention_chunk_size
+        occupancy: Occupancy
+        if self.info.kv_cache == "static":
+            occupancy = Slots(lengths, chunk)
+        else:
+            columns = int(lengths.max())
+            occupancy = Columns((np.arange(columns) >= columns - lengths[:, None]).astype(np.int64), chunk)
+        return OrtStream(self, cache, occupancy, TokenHistory(lengths))
 
     def __enter__(self) -> Self:
         return self
@@ -106,62 +172,6 @@ class OrtSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._session = None  # the native session unmaps the weights when its last reference goes
-
-
-class OrtStream:
-    """A batch of sequences fed to an :class:`OrtSession`: its caches and its attention mask so far.
-
-    Attributes:
-        mask: [B, columns so far], 1 for a token and 0 for padding.
-    """
-
-    def __init__(self, session: OrtSession, cache: KvCacheState, batch: int) -> None:
-        self._session = session
-        self._cache = cache
-        self.mask: IntArray = np.zeros((batch, 0), np.int64)
-
-    def step(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
-        """Append tokens; see :meth:`l4convert.runtime.runner.Stream.step`.
-
-        Raises:
-            InputError: A token outside the vocabulary, or ONNX Runtime failed.
-            UsageError: The stream would become longer than the session's ``max_length``.
-        """
-        new = check_step(input_ids, mask, self.mask.shape[0])
-        self._check_room(input_ids)
-        lengths = self.mask.sum(axis=1)
-        self.mask = np.concatenate([self.mask, new], axis=1)
-        input_ids = np.ascontiguousarray(input_ids, np.int64)
-        if self._session.info.calls == "any":
-            return self._run(input_ids, self.mask)
-        result: FloatArray = np.zeros((*input_ids.shape, self._session.config.vocab_size), np.float32)
-        for call in in_place_calls(lengths, new, self._session.config.attention_chunk_size):
-            call.put(self._run(call.take(input_ids), call.attention_mask()), result)
-        return result
-
-    def _run(self, input_ids: IntArray, mask: IntArray) -> FloatArray:
-        """One call of the graph: logits [B,S,vocabulary]."""
-        try:
-            logits = self._cache.run({"input_ids": input_ids, "attention_mask": mask})
-        except Exception as error:  # onnxruntime's exception types are private and differ between versions
-            summary = _summary(error)
-            file = self._session.info.path / MODEL_FILE
-            raise InputError(f"{file}: ONNX Runtime failed: {summary}") from error
-        expected = (*input_ids.shape, self._session.config.vocab_size)
-        if logits.shape != expected:
-            raise InputError(
-                f"{self._session.info.path / MODEL_FILE}: logits have shape {logits.shape}, not {expected}"
-            )
-        return logits
-
-    def _check_room(self, input_ids: IntArray) -> None:
-        check_vocabulary(input_ids, self._session.config.vocab_size)
-        length = self.mask.shape[1] + input_ids.shape[1]
-        if length > self._session.max_length:
-            raise UsageError(
-                f"the text needs {length} positions and the session has {self._session.max_length}",
-                f"Open it with a larger maximum length; the model has {self._session.config.max_position_embeddings}.",
-            )
 
 
 _SUMMARY_CHARS = 240
@@ -174,6 +184,7 @@ def load_model(
     optimized: bool = True,
     cpu_form: bool = False,
     fuse_quantized: bool = True,
+    mapped: bool = False,
     provider: Provider = "cpu",
 ) -> Any:
     """An ``onnxruntime.InferenceSession``.
@@ -184,6 +195,8 @@ def load_model(
         optimized: Whether ONNX Runtime may rewrite the graph; False: every node runs as it is written.
         fuse_quantized: Whether it may fuse DequantizeLinear with what follows. It does so even where no kernel takes
             FP8, and looks in the wrong graph for weights that a loop uses (1.31).
+        mapped: Whether weights stay in the mapped file and memory that is not used is given back, at the price of
+            speed; False: kernels may copy weights into layouts of their own.
         cpu_form: Whether the graph computes in bfloat16, or has kernels that only CUDA has, and so has to be rewritten
             (l4convert/runtime/cpu_form.py).
         provider: Where it runs; the CPU takes what another provider has no kernel for.
@@ -207,6 +220,9 @@ def load_model(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     for key, value in SETTINGS.items():
         options.add_session_config_entry(key, value)
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
     if not fuse_quantized:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     source: str | bytes = str(model)
