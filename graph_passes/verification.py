@@ -22,8 +22,8 @@ from l4convert.progress import Progress
 from l4convert.quantization.kv import KV_FORMATS, KvDtype
 from l4convert.quantization.kv_codes import dequantize_kv, quantize_kv
 from l4convert.quantization.recipe import Recipe
-from l4convert.runtime.caches import as_float32, ort_value
 from l4convert.runtime.cuda_kernels import has_cuda_kernels
+from l4convert.runtime.ort_values import as_float32, ort_value
 from l4convert.runtime.session import load_model
 
 #: Largest |difference| of any output that an exact pass may make, relative to the largest |value| of that output.

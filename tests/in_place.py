@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.frontend.compute import COMPUTE_TYPES
-from l4convert.runtime.caches import as_float32, ort_value
 from l4convert.runtime.calls import in_place_calls
 from l4convert.runtime.cpu_form import to_cpu_form
+from l4convert.runtime.ort_values import as_float32, ort_value
 from tests.graphs import CAPACITY
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from l4convert.errors import UsageError
+from l4convert.runtime.occupancy import Occupancy
 from l4convert.runtime.runner import FloatArray, IntArray
 
 
@@ -78,3 +80,31 @@ def in_place_calls(lengths: IntArray, mask: IntArray, chunk: int, limit: int | N
         columns = np.take_along_axis(order, places, axis=1)
         yield InPlaceCall(now, counts, np.where(np.arange(width) < counts[:, None], columns, 0))
         done, left = done + counts, left - counts
+
+
+def calls_in_room(
+    occupancy: Occupancy, mask: IntArray, chunk: int, max_length: int, limit: int | None = None
+) -> Iterator[InPlaceCall]:
+    """As :func:`in_place_calls`, one after the other, where padding, too, must lie within the caches.
+
+    Args:
+        occupancy: Brought up to date after each call.
+        mask: [B, S], 1 for a token; ``chunk``: C; ``limit``: the most columns of a call.
+        max_length: Slots of the caches of global layers.
+
+    Raises:
+        UsageError: A row has as many tokens as there are slots, and others go on.
+    """
+    left = mask.copy()
+    while left.any():
+        room = max_length - int(occupancy.lengths.max())
+        if room < 1:
+            raise UsageError(
+                f"a sequence of the batch has all {max_length} tokens that there is room for, and the others go on",
+                "Make room for longer sequences, or end that sequence's batch.",
+            )
+        call = next(in_place_calls(occupancy.lengths, left, chunk, min(room, limit or room)))
+        yield call
+        occupancy.append(call.real.astype(np.int64))
+        row, place = np.nonzero(call.real)
+        left[row, call.columns[row, place]] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Never, Self
 
 import numpy as np
 
@@ -13,11 +13,13 @@ from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import BackendMissing, UsageError
 from l4convert.gpus import Gpu, Gpus, find_gpus
 from l4convert.runtime.bound_engine import GRAPH_USES, BoundEngine
-from l4convert.runtime.calls import InPlaceCall, in_place_calls
+from l4convert.runtime.calls import InPlaceCall, calls_in_room
 from l4convert.runtime.device import Device
 from l4convert.runtime.engine_layout import longest_call
 from l4convert.runtime.engines import MODULES, Engine, check_engine_files, choose_engine, named_engines, read_engines
+from l4convert.runtime.history import TokenHistory, plan_return
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
+from l4convert.runtime.occupancy import Slots
 from l4convert.runtime.runner import FloatArray, IntArray, check_step, check_vocabulary
 
 OpenDevice = Callable[[Gpu, Engine], Device]
@@ -157,16 +159,19 @@ class EngineSession:
 
 
 class EngineStream:
-    """A batch of sequences fed to an :class:`EngineSession`.
-
-    Attributes:
-        lengths: Tokens each row has in the caches.
-    """
+    """A batch of sequences fed to an :class:`EngineSession`."""
 
     def __init__(self, session: EngineSession, bound: BoundEngine, batch: int) -> None:
         self._session = session
         self._bound = bound
-        self.lengths: IntArray = np.zeros(batch, np.int64)
+        lengths = np.zeros(batch, np.int64)
+        self._slots = Slots(lengths, session.config.attention_chunk_size)
+        self._history = TokenHistory(lengths)
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens that each row has in the caches, int64 [B]."""
+        return self._slots.lengths.copy()
 
     def step(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
         """Append tokens; see :meth:`l4convert.runtime.runner.Stream.step`.
@@ -180,8 +185,7 @@ class EngineStream:
         """
         new = self._checked(input_ids, mask)
         logits = np.zeros((*input_ids.shape, self._session.config.vocab_size), np.float32)
-        for call in self._calls(new):
-            self._run(call, input_ids)
+        for call in self._run(input_ids, new):
             call.put(self._bound.logits(), logits)
         return logits
 
@@ -190,45 +194,64 @@ class EngineStream:
 
         See :func:`l4convert.runtime.runner.last_logits`. Raises what :meth:`step` raises.
         """
-        for call in self._calls(self._checked(input_ids, None)):
-            self._run(call, input_ids)
+        for _ in self._run(input_ids, self._checked(input_ids, None)):
+            pass
         return self._bound.last_logits()
 
-    def _run(self, call: InPlaceCall, input_ids: IntArray) -> None:
-        self._bound.call(call, input_ids)
-        self.lengths = call.lengths + call.counts
+    def rollback(self, tokens: int | IntArray) -> None:
+        """Forget the last tokens of each row; see :meth:`l4convert.runtime.stream.OrtStream.rollback`.
+
+        Caches stay where they are; rows that go back into an earlier chunk are fed that chunk's tokens again.
+
+        Raises:
+            ValueError: A row has fewer tokens, or a number is negative; or another batch has the caches now.
+            DeviceError: The GPU refused a call.
+        """
+        self._check_current()
+        way = plan_return(tokens, self._slots, self._history, self._session.config.attention_chunk_size, held=0)
+        self._slots.cut(way.lengths)
+        for _ in self._run(way.ids, way.mask, known=True):
+            pass
+
+    def fork(self, copies: int | None = None) -> Never:
+        """An engine's caches exist once, so a stream cannot be copied.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            "an engine has one set of caches, so its streams cannot be forked",
+            "Start a batch and feed the common beginning to every row, or run the artifact without --engine.",
+        )
+
+    def _run(self, input_ids: IntArray, new: IntArray, known: bool = False) -> Iterator[InPlaceCall]:
+        """Run a step in calls that the engine takes; each is given when its logits can be read.
+
+        Args:
+            input_ids: [B, S]; ``new``: the same, 1 for a token.
+            known: The tokens are in the history already.
+        """
+        if not known:
+            self._history.append(self._slots.lengths, input_ids, new)
+        engine, chunk = self._session.engine, self._session.config.attention_chunk_size
+        for call in calls_in_room(self._slots, new, chunk, engine.max_context, longest_call(engine.profiles)):
+            self._bound.call(call, input_ids)
+            yield call
+
+    def _check_current(self) -> None:
+        if not self._session.is_current(self):
+            raise ValueError("another batch was started in this session, and has the caches now")
 
     def _checked(self, input_ids: IntArray, mask: IntArray | None) -> IntArray:
         """The mask of a step's new tokens, after every check."""
-        if not self._session.is_current(self):
-            raise ValueError("another batch was started in this session, and has the caches now")
-        new = check_step(input_ids, mask, len(self.lengths))
+        self._check_current()
+        new = check_step(input_ids, mask, len(self._slots.lengths))
         check_vocabulary(input_ids, self._session.config.vocab_size)
-        self._check_room(new)
-        return new
-
-    def _calls(self, new: IntArray) -> Iterator[InPlaceCall]:
-        """Cut a step into calls that the engine takes; the padding of a row, too, must lie within its caches."""
-        engine, chunk = self._session.engine, self._session.config.attention_chunk_size
-        left = new.copy()
-        while left.any():
-            room = engine.max_context - int(self.lengths.max())
-            if room < 1:
-                raise UsageError(
-                    f"a sequence of the batch has all {engine.max_context} tokens that the engine for "
-                    f"{engine.hardware} has room for, and the others go on",
-                    "Build one with a larger --max-context, or end that sequence's batch.",
-                )
-            call = next(in_place_calls(self.lengths, left, chunk, min(longest_call(engine.profiles), room)))
-            yield call
-            row, place = np.nonzero(call.real)
-            left[row, call.columns[row, place]] = 0
-
-    def _check_room(self, new: IntArray) -> None:
-        longest = int((self.lengths + new.sum(axis=1)).max())
+        longest = int((self._slots.lengths + new.sum(axis=1)).max())
         if longest > self._session.max_length:
             raise UsageError(
                 f"the text needs {longest} positions and the session has {self._session.max_length}",
                 f"The engine for {self._session.engine.hardware} was built for {self._session.engine.max_context}; "
                 "build one with a larger --max-context.",
             )
+        return new

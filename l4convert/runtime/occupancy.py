@@ -124,8 +124,8 @@ class Slots:
 
     def lost(self, lengths: IntArray, held: int) -> BoolArray:
         """See :class:`Occupancy`: the slots hold tokens of another chunk."""
-        needs: BoolArray = lengths % self._chunk > 0
-        return needs & (lengths // self._chunk != self._held)
+        result: BoolArray = (lengths % self._chunk > 0) & (lengths // self._chunk != self._held)
+        return result
 
     def cut(self, lengths: IntArray) -> int:
         """See :class:`Occupancy`; buffers keep their size."""

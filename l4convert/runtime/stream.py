@@ -8,7 +8,7 @@ import numpy as np
 
 from l4convert.errors import UsageError
 from l4convert.runtime.caches import KvCacheState
-from l4convert.runtime.calls import in_place_calls
+from l4convert.runtime.calls import calls_in_room
 from l4convert.runtime.history import TokenHistory, plan_return
 from l4convert.runtime.manifest import ArtifactInfo
 from l4convert.runtime.occupancy import Occupancy
@@ -119,21 +119,9 @@ class OrtStream:
             self._occupancy.append(new)
             return logits
         result: FloatArray = np.zeros((*input_ids.shape, self._config.vocab_size), np.float32)
-        left = new.copy()
-        while left.any():
-            lengths = self._occupancy.lengths
-            room = self._graph.max_length - int(lengths.max())  # padding is written, too
-            if room < 1:
-                raise UsageError(
-                    f"a sequence of the batch has all {self._graph.max_length} tokens that the session has room for, "
-                    "and the others go on",
-                    "Open it with a larger maximum length, or end that sequence's batch.",
-                )
-            call = next(in_place_calls(lengths, left, self._config.attention_chunk_size, room))
+        chunk, room = self._config.attention_chunk_size, self._graph.max_length
+        for call in calls_in_room(self._occupancy, new, chunk, room):
             call.put(self._graph.run(self._cache, call.take(input_ids), call.attention_mask()), result)
-            self._occupancy.append(call.real.astype(np.int64))
-            row, place = np.nonzero(call.real)
-            left[row, call.columns[row, place]] = 0
         return result
 
     def _check_room(self, input_ids: IntArray, new: IntArray) -> None:

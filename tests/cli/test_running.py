@@ -19,7 +19,7 @@ from l4convert.cli._doctor_gpu import gpu_lines, gpu_report
 from l4convert.errors import BackendMissing, UsageError
 from l4convert.gpus import Gpu, Gpus
 from l4convert.runtime import EngineSession, RunWith
-from l4convert.runtime.caches import copy_to, ort_value
+from l4convert.runtime.ort_values import copy_to, ort_value
 from l4convert.runtime.providers import check_started, prepare
 from tests.artifacts import write_canonical_artifact
 from tests.checkpoints import write_random_checkpoint
@@ -105,6 +105,24 @@ def test_validate_with_an_engine(
     assert len(report["rows"]) == rows
     assert any(note.startswith("Run by scout, TensorRT-RTX engine rtx-4090 on Fake RTX; ") for note in report["notes"])
     assert any("Padded batches were not compared" in note for note in report["notes"]) == (rows == 4)
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_window_too_long_for_one_call_with_an_engine(
+    checkpoint: Path, artifact: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has one stream at a time, so the other splits are those of the beginning."""
+    copied = Path(shutil.copytree(artifact, tmp_path / "scout"))
+    _forget_engines(copied)
+    add_engines(copied)
+    monkeypatch.setattr("l4convert.parity.steps.AT_ONCE", 25 * 512)
+    command = ["validate", str(copied), "--reference", str(checkpoint), "--tokens", "120", "--window", "48", "--json"]
+    assert cli.run([*command, "--engine", "rtx-4090", "--exact-angles"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in report["rows"]][:2] == ["steps", "odd splits"]
+    assert [row["reference"]["tokens"] for row in report["rows"][:2]] == [120, 25]
+    assert "angles in float64" in report["reference"]
+    assert any("one stream at a time" in note for note in report["notes"])
 
 
 @pytest.mark.usefixtures("no_gpu")

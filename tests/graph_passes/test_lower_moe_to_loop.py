@@ -18,7 +18,7 @@ from l4convert.graph_passes import fuse_experts, lower_moe_to_loop
 from l4convert.graph_passes.editing import attributes_of
 from l4convert.plugins.moe.definition import DOMAIN, OP_TYPE, MoESpec
 from l4convert.quantization.recipe import Scheme, load_recipe
-from l4convert.runtime.caches import as_float32
+from l4convert.runtime.ort_values import as_float32
 from tests.graph_passes.mutations import insert_after
 from tests.graph_passes.rounding import everything, recipe
 from tests.graphs import canonical, op_counts, outputs, relative_error, run_passes, snapshot

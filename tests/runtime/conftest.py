@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import Llama4ForCausalLM
 
 from tests.artifacts import KV_CACHES, LENGTH, write_canonical_artifact
 from tests.runtime.fake_device import add_engines
+from tests.runtime.following import Logits
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +41,25 @@ def ids() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def expected(scout_layout: Path, ids: np.ndarray) -> np.ndarray:
-    import torch
-    from transformers import Llama4ForCausalLM
+def expected(reference: Logits, ids: np.ndarray) -> np.ndarray:
+    return reference([ids.tolist()])[0]
 
-    model = Llama4ForCausalLM.from_pretrained(scout_layout, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.no_grad():
-        logits: np.ndarray = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+
+@pytest.fixture(scope="session")
+def reference(scout_layout: Path) -> Logits:
+    """Logits of whole texts by transformers, in one batch: causal, so padding behind a text changes nothing of it."""
+    model = transformers_model(scout_layout)
+
+    def logits(texts: list[list[int]]) -> list[np.ndarray]:
+        batch = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.int64)
+        for row, tokens in enumerate(texts):
+            batch[row, : len(tokens)] = torch.tensor(tokens)
+        with torch.no_grad():
+            output = model(batch, use_cache=False).logits.numpy()
+        return [output[row, : len(tokens)] for row, tokens in enumerate(texts)]
+
     return logits
+
+
+def transformers_model(checkpoint: Path) -> Any:
+    return Llama4ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from l4convert.errors import InputError
-from l4convert.runtime.caches import as_float32, ort_value
 from l4convert.runtime.cpu_form import cpu_form_of, to_cpu_form
+from l4convert.runtime.ort_values import as_float32, ort_value
 
 BF16 = ml_dtypes.bfloat16
 B, F, INT, BOOL = TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
