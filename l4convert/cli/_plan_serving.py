@@ -175,4 +175,4 @@ def _reason(row: CacheRow) -> str:
 
 
 def _rate(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:,.0f} tokens/s"
+    return "-" if rate is None else f"{rate:,.{0 if rate >= 10 else 1}f} tokens/s"

@@ -11,7 +11,14 @@ from l4convert.planning.caches import Caches
 from l4convert.planning.figures import Figure
 from l4convert.planning.shards import Weights
 from l4convert.planning.speed import Layout
-from l4convert.planning.working import Call, element_bytes, prefill_tokens, runtime_figure, working_figures
+from l4convert.planning.working import (
+    Call,
+    element_bytes,
+    host_figures,
+    prefill_tokens,
+    runtime_figure,
+    working_figures,
+)
 from l4convert.progress import format_amount
 
 # More groups of GPUs than this are no answer that anyone can use.
@@ -48,6 +55,7 @@ class Deployment:
         return [
             self.weights.figure(layout.tensor),
             *own.figures(self.batch, context, layout.context),
+            *host_figures(self.target, self.weights.half, own, self.batch, tokens),
             *working_figures(self.target, call),
             runtime_figure(self.target, self.config),
         ]

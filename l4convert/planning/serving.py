@@ -221,7 +221,7 @@ class _Serving:
                 "masks grow with the new tokens of a call: --prefill-tokens, of plan and of build, lowers both"
             )
         if self.on_host and self.memory is not None:
-            found.append("weights are mapped from the file; they are counted as if all were in memory")
+            found.append("copies of quantized weights that ONNX Runtime repacks for its kernels are not counted")
         return found
 
 

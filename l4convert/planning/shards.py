@@ -36,10 +36,17 @@ _CUTS: Mapping[str, Cut] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's weights, by what they are for and what they are cut by."""
+    """Bytes of a model's weights.
+
+    Attributes:
+        parts: By what they are for and what they are cut by.
+        kv_heads: Key/value heads of the model.
+        half: Of matrices in 16 bits, the embedding apart, from which rows are taken as they are.
+    """
 
     parts: Mapping[tuple[Group, Cut], int]
     kv_heads: int
+    half: int = 0
 
     @property
     def bytes(self) -> int:
@@ -79,13 +86,16 @@ class Weights:
 def weights_of(table: Iterable[TensorPlan], config: DecoderConfig) -> Weights:
     """Sort the tensors of a plan."""
     parts: Counter[tuple[Group, Cut]] = Counter()
+    half = 0
     for row in table:
         kind = kind_of_name(row.name) if row.kind == SCALES else row.kind
         group: Group = "experts" if kind == "experts" else "other"
         if row.name.startswith("model.embed_tokens") and not config.tie_word_embeddings:
             group = "embedding"
         parts[group, _cut(row, kind)] += row.bytes
-    return Weights(dict(parts), config.num_key_value_heads)
+        if row.dtype in ("BFLOAT16", "FLOAT16") and group != "embedding":
+            half += row.bytes
+    return Weights(dict(parts), config.num_key_value_heads, half)
 
 
 def _cut(row: TensorPlan, kind: str) -> Cut:
