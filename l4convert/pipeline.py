@@ -131,6 +131,7 @@ class _Conversion:
             sources = [] if options.checkpoint is None else [options.checkpoint]
             check_destination(options.output, options.overwrite, sources)
         self.recipe = load_recipe(options.recipe, options.block_size, self.target.block_size)
+        _check_kv_dtype(self.target, self.recipe)
         self.checkpoint = _open(options)
         _check_recipe(self.recipe, self.checkpoint)
         self.model = self.build(self.checkpoint)
@@ -326,6 +327,17 @@ def _choice(target: Target, kind: str, known: Sequence[str], wanted: str | None)
     if wanted not in known:
         raise UsageError(f"target {target.name} has no {wanted!r} {kind}", f"it has: {', '.join(known)}")
     return wanted
+
+
+def _check_kv_dtype(target: Target, recipe: Recipe) -> None:
+    if recipe.kv_cache is None or recipe.kv_cache.dtype in target.kv_dtypes:
+        return
+    dtype = recipe.kv_cache.dtype
+    others = ", ".join(name for name, row in TARGETS.items() if dtype in row.kv_dtypes)
+    raise UsageError(
+        f"target {target.name} takes no key/value caches of {dtype}, which recipe {recipe.name} asks for",
+        f"targets that do: {others}",
+    )
 
 
 def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:

@@ -1,10 +1,11 @@
 """Run an artifact: sessions with their key/value caches, sampling, the tokenizer and text generation."""
 
 from l4convert.runtime.engine_session import EngineSession, EngineStream
-from l4convert.runtime.generate import eos_token_ids, generate, generate_text
+from l4convert.runtime.generate import check_positions, eos_token_ids, generate, generate_text
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.open import ON_CPU, RunWith
-from l4convert.runtime.runner import Runner, Stream
+from l4convert.runtime.prefill import prefill, prefill_steps, step_limit
+from l4convert.runtime.runner import ModelRunner, Runner, Stream
 from l4convert.runtime.sampling import Sampler, SamplingOptions
 from l4convert.runtime.session import OrtSession
 from l4convert.runtime.stream import OrtStream
@@ -15,6 +16,7 @@ __all__ = [
     "ArtifactInfo",
     "EngineSession",
     "EngineStream",
+    "ModelRunner",
     "OrtSession",
     "OrtStream",
     "RunWith",
@@ -24,8 +26,12 @@ __all__ = [
     "Stream",
     "TextStream",
     "TextTokenizer",
+    "check_positions",
     "eos_token_ids",
     "generate",
     "generate_text",
+    "prefill",
+    "prefill_steps",
     "read_artifact",
+    "step_limit",
 ]

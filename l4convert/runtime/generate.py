@@ -7,35 +7,34 @@ from pathlib import Path
 
 import numpy as np
 
+from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import InputError, UsageError
+from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.runtime.manifest import read_artifact, read_json
-from l4convert.runtime.runner import IntArray, Runner, Stream, last_logits
+from l4convert.runtime.prefill import prefill
+from l4convert.runtime.runner import IntArray, ModelRunner, last_logits
 from l4convert.runtime.sampling import Sampler
 from l4convert.runtime.tokenizer import TextTokenizer
 
-# A prompt goes in by calls of this many tokens: any split gives the same logits, and the logits of a whole
-# long prompt would fill the memory (0.8 GB for each thousand tokens of a vocabulary of 202,048).
-PREFILL_TOKENS = 512
-
 
 def generate(
-    runner: Runner,
+    runner: ModelRunner,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
     sampler: Sampler,
     eos_ids: Collection[int] = (),
-    prefill_tokens: int = PREFILL_TOKENS,
+    progress: Progress = NO_PROGRESS,
 ) -> Iterator[int]:
     """Continue one prompt.
 
     Args:
         runner: For example an :class:`~l4convert.runtime.session.OrtSession`.
-        prompt_ids: The prompt's tokens, at least one.
+        prompt_ids: The prompt's tokens, at least one. They are fed in steps of bounded memory.
         max_new_tokens: The most tokens to yield.
         sampler: Chooses each token.
         eos_ids: Tokens that end the text; the one that does is yielded too, as the last.
-        prefill_tokens: How many tokens of the prompt to feed at once.
+        progress: Shows how much of the prompt was read.
 
     Yields:
         Token ids, each as soon as it is known.
@@ -48,17 +47,37 @@ def generate(
         raise UsageError("the prompt has no tokens", "Give a prompt of at least one token.")
     if max_new_tokens < 1:
         raise UsageError(f"{max_new_tokens} new tokens were asked for, expected at least 1")
+    check_positions(len(prompt_ids), runner.config, runner.max_length)
     prompt = np.array([prompt_ids], np.int64)
-    parts = [prompt[:, start : start + prefill_tokens] for start in range(0, prompt.shape[1], prefill_tokens)]
-    return _continue(runner.start(1), parts, max_new_tokens, sampler, eos_ids)
+    return _continue(runner, prompt, max_new_tokens, sampler, eos_ids, progress)
+
+
+def check_positions(tokens: int, config: DecoderConfig, max_length: int | None = None) -> None:
+    """Refuse a prompt that cannot be read to its end.
+
+    Raises:
+        UsageError: It has more tokens than the model has positions, or than what runs it has room for.
+    """
+    positions = config.max_position_embeddings
+    if tokens > positions:
+        raise UsageError(f"the prompt has {tokens} tokens and the model {positions} positions", "Shorten the prompt.")
+    if max_length is not None and tokens > max_length:
+        raise UsageError(
+            f"the prompt has {tokens} tokens, and there is room for {max_length}",
+            "Open the artifact with a larger maximum length, or build an engine with a larger --max-context.",
+        )
 
 
 def _continue(
-    stream: Stream, parts: Sequence[IntArray], max_new_tokens: int, sampler: Sampler, eos_ids: Collection[int]
+    runner: ModelRunner,
+    prompt: IntArray,
+    max_new_tokens: int,
+    sampler: Sampler,
+    eos_ids: Collection[int],
+    progress: Progress,
 ) -> Iterator[int]:
-    for part in parts[:-1]:
-        last_logits(stream, part)
-    logits = last_logits(stream, parts[-1])[0]
+    stream = runner.start(1)
+    logits = prefill(stream, prompt, runner.config, progress)[0]
     for made in range(1, max_new_tokens + 1):
         token = sampler(logits)
         yield token
@@ -68,7 +87,7 @@ def _continue(
 
 
 def generate_text(
-    runner: Runner,
+    runner: ModelRunner,
     tokenizer: TextTokenizer,
     prompt: str,
     *,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.progress import NO_PROGRESS, Progress
-from l4convert.runtime.runner import FloatArray, IntArray, Stream, last_logits
+from l4convert.runtime.runner import FloatArray, IntArray, SparingStream, Stream, last_logits
 
 #: The most bytes that the scores of one layer, and the logits of one step, may take.
 BUDGET = 512 << 20
@@ -59,6 +59,8 @@ def prefill(
 ) -> FloatArray:
     """Feed a prompt to every row of a stream.
 
+    A stream that gives the last logits alone has its memory set apart, and cuts its steps itself.
+
     Args:
         stream: Where to; its rows have ``start`` tokens each.
         ids: Token ids [B, T], T >= 1.
@@ -69,13 +71,11 @@ def prefill(
     Returns:
         Logits [B, vocabulary] of each row's last token.
     """
-    rows, total = ids.shape
-    sizes = prefill_steps(
-        start, total, config.attention_chunk_size, lambda context: step_limit(config, context, batch=rows)
-    )
+    (rows, total), chunk = ids.shape, config.attention_chunk_size
+    limit = chunk if isinstance(stream, SparingStream) else lambda context: step_limit(config, context, rows)
     done = 0
     with progress.task("Reading the prompt", total=total, unit="tokens") as task:
-        for size in sizes:
+        for size in prefill_steps(start, total, chunk, limit):
             logits = last_logits(stream, ids[:, done : done + size])
             done += size
             task.advance(size)

@@ -8,6 +8,7 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
@@ -47,6 +48,20 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class ModelRunner(Runner, Protocol):
+    """A runner that says what its model is and how long a text can be."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's hyperparameters."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens a sequence can have."""
+        ...
 
 
 @runtime_checkable

@@ -6,12 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import ml_dtypes
 import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError, UsageError, backend_missing
+from l4convert.runtime.cache_elements import CacheElements, cache_elements, mixed_types
 from l4convert.runtime.caches import (
     CACHE_FORMS,
     CacheNames,
@@ -36,12 +36,6 @@ DEFAULT_MAX_LENGTH = 4096
 # INT4 matrix to MatMulNBits, by default (4) with activations rounded to int8; 1 keeps them float32.
 SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
-_CACHE_DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
-}
-
 
 class OrtSession:
     """A loaded artifact; :meth:`open` makes one, :meth:`start` begins a batch of sequences.
@@ -57,7 +51,7 @@ class OrtSession:
         self.max_length = max_length
         self.provider: Provider = provider
         self._session: Any = session
-        self._cache_dtype = _check_contract(info, session)
+        self._cache_elements = _check_contract(info, session)
 
     @classmethod
     def open(
@@ -167,7 +161,7 @@ class OrtSession:
         return logits
 
     def _room(self, batch: int) -> CacheRoom:
-        return CacheRoom(batch, self.max_length, self._cache_dtype, self.provider)
+        return CacheRoom(batch, self.max_length, self._cache_elements, self.provider)
 
     def _stream(self, cache: KvCacheState, lengths: IntArray) -> OrtStream:
         chunk = self.config.attention_chunk_size
@@ -252,26 +246,31 @@ def load_model(
     return session
 
 
-def _check_contract(info: ArtifactInfo, session: Any) -> np.dtype[Any]:
-    """Compare the graph's inputs and outputs with the contract; give the element type of the caches."""
+def _check_contract(info: ArtifactInfo, session: Any) -> dict[str, CacheElements]:
+    """Compare the graph's inputs and outputs with the contract; give the elements of each cache by its input's name."""
     file, names = info.path / MODEL_FILE, CacheNames.of(info.config)
     inputs = {value.name: value for value in session.get_inputs()}
     expected = {"input_ids", "attention_mask", *names.past}
     _check_names(file, "input", set(inputs), expected)
     _check_names(file, "output", {value.name for value in session.get_outputs()}, {"logits", *names.present})
-    for name in names.past:
+    types = {inputs[name].type for name in names.past}
+    caches = {name: cache_elements(inputs[name].type, names.head_dim) for name in names.past}
+    known = {name: elements for name, elements in caches.items() if elements is not None}
+    if len(known) != len(caches) or mixed_types(types):
+        raise InputError(
+            f"{file}: caches of type {', '.join(sorted(types))}, expected one floating type, one quantized type, or"
+            " both in different layers"
+        )
+    for name, elements in known.items():
         shape = inputs[name].shape
         # A dimension that the graph leaves open is a name here, and fits anything.
         if len(shape) != 4 or any(
-            isinstance(d, int) and d != s for d, s in ((shape[1], names.heads), (shape[3], names.head_dim))
+            isinstance(d, int) and d != s for d, s in ((shape[1], names.heads), (shape[3], elements.width))
         ):
             raise InputError(
-                f"{file}: input {name} has shape {shape}, the manifest says {names.heads} heads of {names.head_dim}"
+                f"{file}: input {name} has shape {shape}, the manifest says {names.heads} heads of {elements.width}"
             )
-    types = {inputs[name].type for name in names.past}
-    if len(types) != 1 or not types <= _CACHE_DTYPES.keys():
-        raise InputError(f"{file}: caches of type {', '.join(sorted(types))}, expected float or float16 throughout")
-    return _CACHE_DTYPES[types.pop()]
+    return known
 
 
 def _check_names(file: Path, kind: str, found: set[str], expected: set[str]) -> None:

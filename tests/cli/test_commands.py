@@ -218,6 +218,38 @@ def test_generate_samples_by_seed(capsys, artifact):
     assert first != other
 
 
+def test_generate_continues_a_file(capsys, artifact, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfdef main " * 9)
+    text = file.read_bytes()[3:].decode()
+    given, read = (
+        run_json(capsys, "generate", artifact, *options, "--max-new-tokens", 5)
+        for options in (("--prompt", text), ("--prompt-file", file))
+    )
+    assert read["token_ids"] == given["token_ids"]
+    assert (read["prompt"], read["prompt_file"]) == (None, str(file))
+    assert (given["prompt"], given["prompt_file"]) == (text, None)
+    assert read["prompt_tokens_per_second"] == pytest.approx(read["prompt_tokens"] / read["prompt_seconds"], rel=0.1)
+    assert read["generation_tokens_per_second"] == pytest.approx(4 / read["generation_seconds"], rel=0.5)
+    assert read["seconds"] == pytest.approx(read["prompt_seconds"] + read["generation_seconds"], abs=0.002)
+
+
+def test_generate_says_what_is_wrong_with_a_prompt(capsys, artifact, tmp_path):
+    (tmp_path / "latin").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "long").write_text("x" * 5000)
+    cases = [
+        ([], 2, "--prompt TEXT or by --prompt-file FILE"),
+        (["--prompt", "a", "--prompt-file", "b"], 2, "one of the two"),
+        (["--prompt-file", tmp_path / "absent"], 3, "absent: No such file"),
+        (["--prompt-file", tmp_path], 3, "Is a directory"),
+        (["--prompt-file", tmp_path / "latin"], 3, "not UTF-8 text: byte 3"),
+        (["--prompt-file", tmp_path / "long"], 2, "5000 tokens and the model 4096 positions"),
+    ]
+    for options, code, message in cases:
+        assert cli.run(["generate", str(artifact), *map(str, options)]) == code
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "option", [("--temperature", "-1"), ("--top-p", "0"), ("--seed", "-1"), ("--max-new-tokens", "0")]
 )

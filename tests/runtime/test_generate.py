@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import Llama4ForCausalLM
 
+from l4convert.checkpoint.presets import SCOUT
 from l4convert.errors import InputError, UsageError
 from l4convert.runtime import OrtSession, Sampler, TextTokenizer, eos_token_ids, generate, generate_text
 from tests.artifacts import KV_CACHES
@@ -24,6 +26,8 @@ class Script:
     name = "script"
 
     def __init__(self, tokens: list[int], vocabulary: int = 300) -> None:
+        self.config = replace(SCOUT, attention_chunk_size=8, max_position_embeddings=4096, vocab_size=vocabulary)
+        self.max_length = 4096
         self.tokens = tokens
         self.vocabulary = vocabulary
         self.calls: list[list[int]] = []
@@ -63,10 +67,20 @@ def test_greedy_generation_equals_transformers(form: str, artifacts: dict[str, P
         assert list(generate(session, PROMPT, max_new_tokens=20, sampler=Sampler())) == greedy
 
 
-def test_long_prompts_go_in_by_bounded_calls() -> None:
+def test_long_prompts_go_in_by_steps_that_end_at_chunk_boundaries() -> None:
     runner = Script([7, 8, 9])
-    assert list(generate(runner, list(range(10)), max_new_tokens=3, sampler=Sampler(), prefill_tokens=4)) == [7, 8, 9]
-    assert runner.calls == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [7], [8]]  # the last token is never fed
+    assert list(generate(runner, list(range(10)), max_new_tokens=3, sampler=Sampler())) == [7, 8, 9]
+    assert runner.calls == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9], [7], [8]]  # the last token is never fed
+
+
+def test_prompts_that_are_too_long_are_refused_before_anything_runs() -> None:
+    runner = Script([7])
+    with pytest.raises(UsageError, match="4097 tokens and the model 4096 positions"):
+        generate(runner, [5] * 4097, max_new_tokens=1, sampler=Sampler())
+    runner.max_length = 20
+    with pytest.raises(UsageError, match="21 tokens, and there is room for 20"):
+        generate(runner, [5] * 21, max_new_tokens=1, sampler=Sampler())
+    assert not runner.calls
 
 
 def test_an_end_token_is_yielded_and_ends_the_text() -> None:

@@ -37,6 +37,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), head_dim=64)
 
 
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
+def test_its_attention_takes_quantized_caches(checkpoint, stand_ins, tmp_path, dtype):
+    (tmp_path / "caches.toml").write_text(f'name = "caches"\n[kv_cache]\ndtype = "{dtype}"\n')
+    recipe = str(tmp_path / "caches.toml")
+    convert(ConvertOptions(checkpoint=checkpoint, output=tmp_path / "out", target="cuda", recipe=recipe))
+    placed = cuda_stand_in.placements(tmp_path / "out" / "model.onnx", stand_ins)
+    assert placed["CUDAExecutionProvider"]["GroupQueryAttention"] == 4
+    # Integers are gathered by the CPU; only the plain definition of a static cache does it.
+    assert placed["CPUExecutionProvider"].keys() - ON_CPU <= {"GatherND"}
+
+
 @pytest.mark.parametrize(
     ("recipe", "kv_cache", "compute"),
     [
