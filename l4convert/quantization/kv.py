@@ -73,6 +73,10 @@ class KvScheme:
         """For the manifest and recipes."""
         return {"dtype": self.dtype, "granularity": self.granularity, "layers": self.layers}
 
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.dtype}, one scale a {self.granularity}, {self.layers} layers"
+
 
 def kv_scheme(dtype: str, granularity: str | None = None, layers: str | None = None) -> KvScheme:
     """A scheme from its words.
@@ -93,3 +97,8 @@ def kv_scheme(dtype: str, granularity: str | None = None, layers: str | None = N
         if word not in get_args(known):
             raise ValueError(f"{name} {word!r} is not possible; it is one of {', '.join(get_args(known))}")
     return KvScheme(cast("KvDtype", dtype), cast("Granularity", granularity), cast("Layers", layers))
+
+
+def scale_name(layer: int, kind: str) -> str:
+    """Name of the graph's initializer with the scales of a layer's keys ("key") or values ("value")."""
+    return f"model.layers.{layer}.self_attn.{kind}_scale"

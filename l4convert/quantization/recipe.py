@@ -132,6 +132,39 @@ def load_recipe(name_or_path: str, block_size: int | None = None, usual_block_si
     return recipe if block_size is None else _with_block_size(recipe, block_size)
 
 
+def with_kv_cache(
+    recipe: Recipe, dtype: str | None = None, granularity: str | None = None, layers: str | None = None
+) -> Recipe:
+    """The recipe with other words in its ``[kv_cache]`` table.
+
+    Args:
+        recipe: To start from.
+        dtype: Its granularity becomes the usual one where the dtype changes and ``granularity`` is not given; "none":
+            caches that are not quantized; None, here and below: as the recipe says.
+        granularity: Of the scales.
+        layers: Which layers.
+
+    Raises:
+        UsageError: An unknown word; or a granularity or layers of caches that are not quantized.
+    """
+    given = recipe.kv_cache
+    dtype = dtype or (given.dtype if given else "none")
+    if dtype == "none":
+        if granularity or layers:
+            raise UsageError(
+                "--kv-granularity and --kv-layers say how caches are quantized, and they are not",
+                "give --kv-dtype fp8, int8 or int4",
+            )
+        return replace(recipe, kv_cache=None)
+    if given is not None:
+        granularity = granularity or (given.granularity if given.dtype == dtype else None)
+        layers = layers or given.layers
+    try:
+        return replace(recipe, kv_cache=kv_scheme(dtype, granularity, layers))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """Check a recipe's data and build it.
 
