@@ -53,12 +53,17 @@ def main() -> int:
                 for scheme in (None, *(kv_scheme(*words) for words in FORMATS)):
                     out = artifact(options, Path(folder) / "row", recipe, scheme, text)
                     rows.append(row(out, recipe, scheme, windows, expected))
+                    write(options, windows, rows)
                     print(*([header(rows[0])] if len(rows) == 1 else []), markdown(rows[-1]), sep="\n", flush=True)
+    return 0
+
+
+def write(options: argparse.Namespace, windows: Sequence[np.ndarray], rows: list[dict[str, Any]]) -> None:
+    """The rows so far; the last call's are all."""
     if options.json:
         sizes = {"window": len(windows[0]), "windows": len(windows), "calibration_tokens": options.calibration_tokens}
         content = {"schema": "l4convert.kv_cache/1", **sizes, "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 0
 
 
 def split_text(options: argparse.Namespace) -> tuple[str, list[np.ndarray]]:

@@ -13,7 +13,7 @@ from l4convert.checkpoint import Checkpoint
 from l4convert.graph_passes.quantize_kv_cache import kv_scale_names, set_kv_scales
 from l4convert.quantization.kv import KV_FORMATS, KvDtype, kv_scheme
 from l4convert.quantization.recipe import Recipe
-from l4convert.runtime.caches import as_float32, ort_value
+from l4convert.runtime.ort_values import as_float32, ort_value
 from l4convert.targets import TARGETS
 from tests.graphs import CAPACITY, KEEP, canonical, run_passes
 

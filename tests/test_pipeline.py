@@ -235,14 +235,3 @@ def test_passes_are_verified_when_asked(checkpoint, tmp_path, monkeypatch):
     assert seen == [report.name for report in checked.passes]
     for path in plain.output.iterdir():
         assert path.read_bytes() == (checked.output / path.name).read_bytes(), path.name
-
-
-def test_caches_that_a_target_does_not_take_are_refused_before_anything_is_read(tmp_path):
-    (tmp_path / "caches.toml").write_text('name = "caches"\n[kv_cache]\ndtype = "int8"\n')
-    options = ConvertOptions(
-        tmp_path / "no checkpoint", tmp_path / "out", target="tensorrt-rtx", recipe=str(tmp_path / "caches.toml")
-    )
-    message = "target tensorrt-rtx takes no key/value caches of int8, which recipe caches asks for"
-    with pytest.raises(UsageError, match=message) as caught:
-        convert(options)
-    assert caught.value.hint == "targets that do: cpu, cuda, portable, tensorrt"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from l4convert.bench.plot import COLOURS, draw
 from l4convert.bench.results import KINDS, BenchReport, Curve, Point
@@ -90,18 +90,21 @@ def _prefill(axes: Axes, report: BenchReport) -> None:
 
 
 def _memory(axes: Axes, report: BenchReport) -> None:
-    for curve, colour, _ in _curves(report):
-        short = "l4convert" if curve is report.ours else "transformers"
+    # Both may hold the same bytes: transformers' lines are broad, and lie under ours.
+    for curve, colour, _ in reversed(_curves(report)):
+        ours = curve is report.ours
+        look: dict[str, Any] = {"color": colour, "marker": "."} if ours else {"color": "#b0b0b0", "linewidth": 5}
+        short = "l4convert" if ours else "transformers"
         contexts = [point.context for point in curve.points]
         peaks = [point.peak_rss / _MB for point in curve.points]
-        axes.plot(contexts, peaks, "--", marker=".", color=colour, label=f"{short}: the process, peak")
+        axes.plot(contexts, peaks, "--", **look, label=f"{short}: the process, peak")
         for kind, style in (("global", "-"), ("chunked", ":")):
             held = [found[kind] / _MB for point in curve.points if (found := _held(point)) is not None]
             if len(held) == len(contexts):
                 label = f"{short}: keys and values, {kind} layers"
-                axes.plot(contexts, held, style, marker=".", color=colour, label=label)
+                axes.plot(contexts, held, style, **look, label=label)
     axes.set(title="Memory: MB", yscale="log")
-    axes.set_ylim(top=axes.get_ylim()[1] * 30)  # room for the legend
+    axes.set_ylim(top=axes.get_ylim()[1] * 200)  # room for the legend
     axes.legend(loc="upper left")
 
 

@@ -18,6 +18,8 @@ GLOBAL, CHUNKED, POSITIONS, PROJECTIONS, FEED_FORWARD, HEAD, OTHER = KINDS
 # The names that the frontend gives (l4convert/frontend/decoder.py); what fuses or lowers nodes keeps the beginning.
 _LAYER = re.compile(r"layers\.(\d+)/(.*)")
 _PROJECTION = re.compile(r"self_attn/([qkvo]_proj|qkv_proj|.*[qkvo]_proj\.weight)")
+_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(self_attn|feed_forward)\.")
+_BLOCK = re.compile(r"(layers\.\d+/(?:self_attn|feed_forward)/)(?!residual)")
 _HEAD = ("lm_head", "norm", "logits")
 
 
@@ -36,10 +38,13 @@ class NodeKinds:
     Attributes:
         config: Says which layers are chunked.
         on_mask: Names of nodes that compute positions and masks only: nothing of tokens or of caches goes into them.
+        blocks: Beginning of the name that nodes without one should have: inlined functions have nodes like that, which
+            stand behind those of the block that they are of.
     """
 
     config: DecoderConfig
     on_mask: frozenset[str]
+    blocks: Mapping[str, str]
 
     @classmethod
     def of(cls, info: ArtifactInfo) -> NodeKinds:
@@ -47,13 +52,14 @@ class NodeKinds:
         import onnx
 
         model = onnx.load(info.path / MODEL_FILE, load_external_data=False)
-        return cls(info.config, frozenset(mask_nodes(model)))
+        return cls(info.config, frozenset(mask_nodes(model)), dict(_inherited(model.graph)))
 
     def of_node(self, name: str) -> str:
         """The kind of a node; of one that a runtime made, by the beginning of its name."""
         if name in self.on_mask:
             return POSITIONS
-        match = _LAYER.match(name)
+        name = self.blocks.get(name, "") + name
+        match = _LAYER.match(_WEIGHT.sub(r"layers.\1/\2/", name))
         if match is None:
             return HEAD if name.startswith(_HEAD) else OTHER
         layer, part = int(match[1]), match[2]
@@ -64,6 +70,17 @@ class NodeKinds:
         if part.startswith("self_attn/"):
             return CHUNKED if self.config.layers[layer].chunked else GLOBAL
         return FEED_FORWARD if part.startswith("feed_forward/") else OTHER
+
+
+def _inherited(graph: Any) -> Iterator[tuple[str, str]]:
+    """Nodes of the main graph that are named after no part of the model, with the beginning of a name before them."""
+    block = ""
+    for node in graph.node:
+        if _LAYER.match(node.name) or node.name.startswith(_HEAD):
+            found = _BLOCK.match(node.name)
+            block = found[1] if found else ""
+        elif block and not _WEIGHT.match(node.name):
+            yield node.name, block
 
 
 def mask_nodes(model: Any) -> Iterator[str]:

@@ -87,7 +87,7 @@ def command(
         reference,
         text=None if text is None else read_text(text, "--text"),
         text_name="given text" if text is None else text.name,
-        policy=None if policy is None else load_policy(policy, info.target, info.compute),
+        policy=None if policy is None else load_policy(policy, info.target, info.compute, info.kv_scheme),
         progress=settings.progress(),
         tokens=tokens,
         window=window,

@@ -92,7 +92,11 @@ def validate(
         raise UsageError(
             f"cannot use windows of {window} in {tokens} tokens: both are at least 2, a window at most {limit}"
         )
-    policy = policy if policy is not None else default_policy(info.recipe, info.schemes, info.target, info.compute)
+    policy = (
+        policy
+        if policy is not None
+        else default_policy(info.recipe, info.schemes, info.target, info.compute, info.kv_scheme)
+    )
     windows, used = prepare_text(info, text, tokens, window, text_name)
     with progress.task("Loading the reference", total=1, unit="models") as task:
         model = TransformersReference(reference, exact_angles=exact_angles)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.runtime.cache_elements import CacheElements
 from l4convert.runtime.manifest import KvCache
+from l4convert.runtime.ort_values import as_float32, copy_to, ort_value, repeated, without_last
 from l4convert.runtime.runner import FloatArray, IntArray
 
 
@@ -241,72 +238,6 @@ def restored_slots(form: KvCache, names: CacheNames, lengths: IntArray, room: Ca
     if form == "growing":
         return [longest] * len(names.past)
     return [longest if chunk is None else int((lengths % chunk).max()) for chunk in names.slots]
-
-
-def ort_value(array: np.ndarray) -> Any:
-    """An ``OrtValue`` on the CPU; of types that NumPy does not have, ONNX Runtime is given the bits and the type."""
-    from onnxruntime import OrtValue
-
-    if array.dtype in _FOREIGN:
-        bits, dtype = _FOREIGN[array.dtype]
-        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(bits), int(dtype))
-    return OrtValue.ortvalue_from_numpy(array)
-
-
-_FOREIGN: Mapping[np.dtype[Any], tuple[type[np.generic], ir.DataType]] = {
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, ir.DataType.BFLOAT16),
-    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, ir.DataType.FLOAT8E4M3FN),
-}
-
-
-def copy_to(value: Any, device: str) -> Any:
-    """A copy of an ``OrtValue`` in a provider's memory."""
-    from onnxruntime import OrtValue
-
-    copied = OrtValue.ortvalue_from_shape_and_type(value.shape(), value.element_type(), device, 0)
-    if 0 not in value.shape():
-        copied.update_inplace(value)
-    return copied
-
-
-def host_array(value: Any) -> np.ndarray:
-    """What an ``OrtValue`` on the CPU holds, without a copy, of any type; the value must outlive it."""
-    shape, dtype = value.shape(), ir.DataType(value.element_type()).numpy()
-    size = math.prod(shape) * dtype.itemsize
-    if not size:
-        return np.empty(shape, dtype)
-    # ONNX Runtime gives no array of a type that NumPy does not have.
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(value.data_ptr()), dtype).reshape(shape)
-
-
-def without_last(value: Any, slots: int) -> Any:
-    """A copy of a cache [B, heads, N, width], on its device, without the last slots, at most all it has."""
-    device = value.device_name()
-    host = value if device == "cpu" else copy_to(value, "cpu")
-    kept = ort_value(np.ascontiguousarray(host_array(host)[:, :, : max(0, value.shape()[2] - slots)]))
-    return kept if device == "cpu" else copy_to(kept, device)
-
-
-def repeated(value: Any, copies: int) -> Any:
-    """A copy of a cache, on its device, with each row so many times."""
-    device = value.device_name()
-    if copies == 1:
-        return copy_to(value, device)
-    host = value if device == "cpu" else copy_to(value, "cpu")
-    rows = ort_value(np.repeat(host_array(host), copies, axis=0))
-    return rows if device == "cpu" else copy_to(rows, device)
-
-
-def as_float32(value: Any) -> FloatArray:
-    """The content of an ``OrtValue`` on the CPU, of any type; quantized caches give their codes."""
-    dtype = ir.DataType(value.element_type()).numpy()
-    if dtype not in _FOREIGN:
-        result: FloatArray = np.asarray(value.numpy(), np.float32)
-        return result
-    shape = value.shape()
-    # ONNX Runtime gives no array of a type that NumPy does not have.
-    bits = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(value.data_ptr())
-    return np.frombuffer(bits, dtype).reshape(shape).astype(np.float32)
 
 
 class CacheForm(Protocol):

@@ -28,9 +28,10 @@ from l4convert.frontend.rope import inverse_frequencies
 from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.quantization.kv import KvScheme, scale_name
 from l4convert.quantization.kv_scales import Float32, Rotation, Spread, sampled_tokens
-from l4convert.runtime.caches import CacheNames, host_array, ort_value
+from l4convert.runtime.caches import CacheNames
 from l4convert.runtime.calibration_text import CalibrationText
 from l4convert.runtime.loading import Loading, load_model
+from l4convert.runtime.ort_values import host_array, ort_value
 from l4convert.runtime.prefill import prefill_steps
 from l4convert.runtime.runner import IntArray
 

@@ -14,6 +14,7 @@ from l4convert.bench import ours
 from l4convert.bench.kinds import KINDS, NodeKinds, mask_nodes
 from l4convert.bench.sweep import Sweep
 from l4convert.bench.trace import read_trace
+from l4convert.pipeline import ConvertOptions, convert
 from l4convert.progress import NO_PROGRESS
 from l4convert.runtime import ON_CPU, OrtSession, read_artifact
 from tests.artifacts import KV_CACHES
@@ -72,6 +73,21 @@ def test_names_of_graphs_that_were_not_lowered(form: str, artifacts: dict[str, P
     others = {re.sub(r"\d+", "", n.name.split("/")[-1]) for n in graph.node if kinds.of_node(n.name) == "other"}
     assert {"residual", "input_layernorm", "post_attention_layernorm", "embed_tokens"} <= others
     assert not others & {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "router"}
+
+
+def test_nodes_of_inlined_functions_belong_to_the_block_before_them(
+    scout_layout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Those of target portable have no names of their own."""
+    out = tmp_path_factory.mktemp("bench") / "portable"
+    convert(ConvertOptions(checkpoint=scout_layout, output=out, recipe="int4", target="portable", block_size=32))
+    kinds = NodeKinds.of(read_artifact(out))
+    found: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    for node in onnx.load(out / "model.onnx", load_external_data=False).graph.node:
+        found[kinds.of_node(node.name)].add(node.op_type)
+    assert "Attention" in found["global attention"] & found["chunked attention"]
+    assert {"MatMul", "DequantizeLinear"} <= found["projections"] & found["feed-forward"]
+    assert not {"MatMul", "DequantizeLinear", "Attention"} & found["other"]
 
 
 def test_masks_are_what_no_token_reaches() -> None:

@@ -106,3 +106,26 @@ def test_what_does_not_fit_is_refused() -> None:
     require_room("it", 1000, available=1000)
     with pytest.raises(UsageError, match=r"it takes 2\.0 GB of memory, and 1\.0 GB are free"):
         require_room("it", 2_000_000_000, available=1_000_000_000)
+
+
+@pytest.mark.parametrize(("dtype", "layers"), [("int4", "all"), ("int8", "global"), ("fp8", "all")])
+def test_bytes_of_quantized_caches(dtype: Any, layers: str, scout_layout: Path, tmp_path: Path) -> None:
+    """A global layer's element takes a byte or half of one; so do those of chunked layers, where all are quantized."""
+    from dataclasses import asdict
+
+    from l4convert.checkpoint import open_checkpoint
+    from l4convert.emit import write_artifact
+    from tests.caches import quantized
+
+    checkpoint = open_checkpoint(scout_layout)
+    model = quantized(checkpoint, dtype, "static", layers=layers)
+    fields = {"kv_cache": "static", "target": "portable", "recipe": "none", "config": asdict(checkpoint.config)}
+    out = write_artifact(model, tmp_path / "out", sidecars=(), manifest=fields)
+    sizes = CacheSizes.of(read_artifact(out))
+    bits = {"int4": 4, "int8": 8, "fp8": 8}[dtype]
+    chunked_bits = 32 if layers == "global" else bits
+    assert sizes.slot_bytes == {"global": SLOT * bits // 32, "chunked": 3 * SLOT * chunked_bits // 32}
+    with OrtSession.open(out, max_length=20, threads=1) as session:
+        subject = ours.RunnerSource(session).filled(19)
+        subject.feed(np.full((1, 1), 5))
+        assert subject.cache_bytes() == sizes.used(20)

@@ -10,7 +10,7 @@ from l4convert.graph_passes import lower_attention_to_gqa, verification
 from l4convert.graph_passes.base import Pass
 from l4convert.graph_passes.verification import Probes, verified
 from l4convert.progress import NO_PROGRESS
-from l4convert.runtime.caches import ort_value
+from l4convert.runtime.ort_values import ort_value
 from tests.caches import OUTLINED, CacheClient, quantized, recipe
 from tests.graphs import SPLITS, TOKENS, canonical, op_counts, relative_error, run_passes, snapshot, token_ids
 from tests.in_place import session_of

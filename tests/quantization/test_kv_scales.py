@@ -41,7 +41,7 @@ def test_round_trip_is_that_of_onnx(dtype: KvDtype) -> None:
     np.testing.assert_array_equal(round_trip(rows, np.asarray(scale), dtype), expected)
 
 
-@pytest.mark.parametrize(("dtype", "highest"), [("fp8", 448), ("int8", 127), ("int4", 7)])
+@pytest.mark.parametrize(("dtype", "highest"), [("fp8", 224), ("int8", 127), ("int4", 7)])
 @pytest.mark.parametrize("granularity", ["head", "channel"])
 def test_no_scale_exceeds_what_the_maximum_needs(dtype: KvDtype, highest: float, granularity: str) -> None:
     rows = noise(3, 200, 16) * np.linspace(0.1, 5, 16, dtype=np.float32)
@@ -51,7 +51,7 @@ def test_no_scale_exceeds_what_the_maximum_needs(dtype: KvDtype, highest: float,
     needed = np.abs(rows).max(axis=(1, 2) if granularity == "head" else 1, keepdims=True)[None] / highest
     assert (scales <= needed * (1 + 2**-7)).all()
     assert (scales >= needed * 0.2).all()
-    if dtype == "fp8":
+    if dtype != "int4":
         assert (scales >= needed).all()
     if granularity == "head":
         assert (scales == scales[..., :1]).all()
@@ -60,7 +60,7 @@ def test_no_scale_exceeds_what_the_maximum_needs(dtype: KvDtype, highest: float,
 def test_what_was_always_zero_gets_a_scale() -> None:
     rows = noise(2, 150, 8)
     rows[0, :, 3], rows[1] = 0, 0
-    scales = spread_of(rows).scales(KvScheme("fp8", "channel"))
+    scales = spread_of(rows).scales(KvScheme("int8", "channel"))
     assert scales[0, 0, 0, 3] == scales[0, 0].max()
     assert (scales[0, 1] == 1).all()
     tiny = spread_of(np.full((1, 150, 4), 1e-42, np.float32)).scales(KvScheme("int8"))

@@ -62,7 +62,7 @@ def test_scales_are_those_of_the_reference(artifacts, scout_layout, ids, maxima,
     for layer, config in enumerate(graph.config.layers):
         for kind in ("key", "value"):
             name = scale_name(layer, kind)
-            ratio = scales[name][0, :, 0] * 448 / maxima[name]
+            ratio = scales[name][0, :, 0] * 224 / maxima[name]
             if config.rope and kind == "key":  # a channel is at most as long as its pair, and nearly so somewhere
                 assert (ratio <= 1.01).all()
                 assert (ratio.reshape(2, 8, 2).max(axis=-1) >= 0.7).all()

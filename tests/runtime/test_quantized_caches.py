@@ -16,7 +16,7 @@ from l4convert.emit import write_artifact
 from l4convert.errors import InputError
 from l4convert.runtime import OrtSession
 from l4convert.runtime.cache_elements import CacheElements, cache_elements
-from l4convert.runtime.caches import as_float32, ort_value
+from l4convert.runtime.ort_values import as_float32, ort_value
 from tests.artifacts import LENGTH
 from tests.caches import quantized
 
