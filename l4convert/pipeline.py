@@ -192,6 +192,7 @@ class _Conversion:
                 f"caches in {scheme.dtype} need scales, which are found on a text",
                 "give --calibration FILE, a text like those that the model will see",
             )
+        self._require_quantized(scheme)
         form = "growing" if "growing" in self.target.kv_caches else self.kv_cache
         plain = self.build(self.checkpoint, form)
         recipe = dataclasses.replace(self.recipe, kv_cache=None)
@@ -209,6 +210,13 @@ class _Conversion:
             text=self.text,
             quantized=self.plan,
         )
+
+    def _require_quantized(self, scheme: KvScheme) -> None:
+        """Refuse what the pass left alone although the recipe covers it."""
+        report = next(report for report in self.reports if report.name == "quantize_kv_cache")
+        if report.fired < sum(scheme.covers(layer.chunked) for layer in self.checkpoint.config.layers):
+            where, reason = report.skipped[-1]
+            raise UsageError(f"{where}: caches cannot be {scheme.dtype}: {reason}", "give another --kv-dtype")
 
     def sample(self) -> WeightsPlan:
         """The same conversion of one layer of each kind, with random weights."""

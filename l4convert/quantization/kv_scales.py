@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from l4convert.quantization.kv import KvDtype, KvScheme
+from l4convert.quantization.kv_codes import dequantize_kv, quantize_kv
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -119,11 +119,8 @@ class Rotation:
 
 
 def round_trip(x: Float32, scale: Float32, dtype: KvDtype) -> Float32:
-    """What is read back of ``x`` from a cache with this scale."""
-    form = KvScheme(dtype).format
-    codes = np.clip(x / scale, np.float32(form.lowest), np.float32(form.highest))
-    stored = codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) if dtype == "fp8" else np.rint(codes)
-    result: Float32 = stored * scale
+    """What is read back of ``x`` [..., D] from a cache with this scale."""
+    result: Float32 = dequantize_kv(quantize_kv(x, scale, dtype), scale, dtype)
     return result
 
 
