@@ -18,6 +18,7 @@ from l4convert.graph_passes import (
     lower_moe_to_qmoe,
     move_activation_scales,
     outline_attention,
+    quantize_kv_cache,
     quantize_weights,
     split_activation_scales,
     store_compute_type,
@@ -44,6 +45,12 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
         "quantize_weights",
         "weights that the recipe names become INT4 or FP8 with DequantizeLinear",
         quantize_weights.run,
+        exact=False,
+    ),
+    Pass(
+        "quantize_kv_cache",
+        "key/value caches that the recipe names hold FP8, INT8 or INT4 elements, with scales that are calibrated",
+        quantize_kv_cache.run,
         exact=False,
     ),
 )

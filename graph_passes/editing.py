@@ -123,8 +123,7 @@ def attention_calls(graph: ir.Graph) -> list[tuple[ir.Node, AttentionSpec, Atten
         if node.op_identifier()[:2] != (attention.DOMAIN, attention.OP_TYPE):
             continue
         spec = spec_of(AttentionSpec, node)
-        names = [name for name in AttentionInputs._fields if spec.rope or name not in ("cos", "sin")]
-        given = dict(zip(names, node.inputs, strict=True))
+        given = dict(zip(attention.input_names(spec), node.inputs, strict=True))
         calls.append((node, spec, AttentionInputs(**{name: given.get(name) for name in AttentionInputs._fields})))  # type: ignore[arg-type]
     return calls
 

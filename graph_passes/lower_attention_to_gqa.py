@@ -24,12 +24,13 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
-from l4convert.frontend.compute import COMPUTE_TYPES, from_float32
+from l4convert.frontend.compute import COMPUTE_TYPES, from_float32, to_float32
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import attention_calls, clean_up, replace_node
 from l4convert.graph_passes.providers import CPU, Provider
-from l4convert.plugins.long_context_attention import definition, kv_cache
+from l4convert.plugins.long_context_attention import definition, kv_cache, quantized
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, Heads, Inputs
+from l4convert.quantization.kv import KV_FORMATS
 from l4convert.quantization.recipe import Recipe
 
 CONTRIB = "com.microsoft"
@@ -99,6 +100,8 @@ def _choose(b: Builder, spec: AttentionSpec, inputs: Inputs, call: Call, provide
     # All but the temperature is left to a kernel that prepares heads.
     outside = dataclasses.replace(spec, rope=False, qk_norm_eps=0.0) if prepares else spec
     heads = definition.prepare_heads(kernel, outside, inputs)
+    if provider.rounds_late and spec.kv_dtype != "none":
+        heads = rounded_heads(kernel, spec, inputs, heads)
     lowered = static_kernel if spec.kv_cache == "static" else appended_kernel
     return b.node(
         "If",
@@ -107,6 +110,18 @@ def _choose(b: Builder, spec: AttentionSpec, inputs: Inputs, call: Call, provide
         then_branch=_branch(kernel, "kernel", lowered(kernel, spec, inputs, heads, call, prepares)),
         else_branch=_branch(plain, "plain", definition.build(plain, spec, inputs)),
     )
+
+
+def rounded_heads(b: Builder, spec: AttentionSpec, inputs: Inputs, heads: Heads) -> Heads:
+    """New keys and values as the cache will have them, so that it does not matter when the kernel rounds them."""
+    assert spec.kv_dtype != "none"
+
+    def rounded(values: ir.Value, scale: ir.Value | None) -> ir.Value:
+        scale = b.op("Reshape", scale, b.constant([1, 1, spec.kv_num_heads, spec.head_dim]))  # heads are [B,S,Hk,D]
+        codes = quantized.codes_of(b, spec.kv_dtype, to_float32(b, values, spec.compute), scale)  # type: ignore[arg-type]
+        return from_float32(b, b.op("Mul", codes, scale), spec.compute)
+
+    return heads._replace(key=rounded(heads.key, inputs.key_scale), value=rounded(heads.value, inputs.value_scale))
 
 
 def _branch(b: Builder, name: str, outputs: Sequence[ir.Value]) -> ir.Graph:
@@ -150,8 +165,9 @@ def appended_kernel(
     past_key, past_value = inputs.past_key, inputs.past_value
     if call.start is not None:
         past_key, past_value = (b.slice(x, call.start, None, axis=2) for x in (past_key, past_value))
+    seen = inputs._replace(past_key=past_key, past_value=past_value)
     bias = _bias(b, spec, heads.positions, call.held) if call.masked else None
-    merged, key, value = group_query_attention(b, spec, heads, past_key, past_value, call, bias, prepares)
+    merged, key, value = group_query_attention(b, spec, heads, seen, call, bias, prepares)
     if call.start is not None:
         # The kernel gives the keys of the window; the cache keeps them all, and its last ones are the kernel's last.
         new = b.op("Neg", b.dim(inputs.query, 1))
@@ -194,7 +210,7 @@ def static_call(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Call:
 
 def static_kernel(b: Builder, spec: AttentionSpec, inputs: Inputs, heads: Heads, call: Call, prepares: bool) -> Outputs:
     """The kernel on buffers it writes in place."""
-    return group_query_attention(b, spec, heads, inputs.past_key, inputs.past_value, call, None, prepares)
+    return group_query_attention(b, spec, heads, inputs, call, None, prepares)
 
 
 def _bias(b: Builder, spec: AttentionSpec, query_positions: ir.Value, held: ir.Value) -> ir.Value:
@@ -215,8 +231,7 @@ def group_query_attention(
     b: Builder,
     spec: AttentionSpec,
     heads: Heads,
-    past_key: ir.Value,
-    past_value: ir.Value,
+    inputs: Inputs,
     call: Call,
     bias: ir.Value | None,
     prepares: bool,
@@ -224,6 +239,7 @@ def group_query_attention(
     """Append the contrib op.
 
     Args:
+        inputs: The op's; of the past only the slots that are attended to.
         bias: [B,1,S,total] added to the scores, or None for plain causal attention.
         prepares: The op itself rotates and norms query and key.
     """
@@ -238,12 +254,16 @@ def group_query_attention(
         ones = b.constant(np.ones(spec.head_dim), COMPUTE_TYPES[spec.compute].numpy())
         optional["q_norm_weight"] = optional["k_norm_weight"] = ones
         attributes["qk_norm_epsilon"] = spec.qk_norm_eps
-    inputs = [*flat, past_key, past_value, call.last, call.total, *optional.values()]
-    while inputs[-1] is None:
-        inputs.pop()
+    if spec.kv_dtype != "none":
+        optional["k_scale"], optional["v_scale"] = inputs.key_scale, inputs.value_scale
+        bits = 8 // KV_FORMATS[spec.kv_dtype].packing
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
+    given = [*flat, inputs.past_key, inputs.past_value, call.last, call.total, *optional.values()]
+    while given[-1] is None:
+        given.pop()
     outputs = b.node(
         "GroupQueryAttention",
-        inputs,
+        given,
         outputs=3,
         domain=CONTRIB,
         num_heads=spec.num_heads,

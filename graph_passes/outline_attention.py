@@ -61,7 +61,7 @@ def _match(node: ir.Node, compute: ComputeType) -> tuple[Pattern, Match]:
 
 def make_pattern(spec: AttentionSpec) -> Pattern:
     """Build the definition over fresh inputs."""
-    names = [name for name in Inputs._fields if spec.rope or name not in ("cos", "sin")]
+    names = definition.input_names(spec)
     inputs = Inputs(**{name: ir.Value(name=name) if name in names else None for name in Inputs._fields})  # type: ignore[arg-type]
     body = Builder()
     return Pattern(spec, inputs, definition.build(body, spec, inputs), body)

@@ -25,6 +25,8 @@ class Provider:
             taken only where plain causal attention is right.
         head_multiple, max_head_dim: Widths of a head that GroupQueryAttention takes.
         rotary_multiple: Of the head's width, for RoPE inside GroupQueryAttention.
+        kv_dtypes: Quantized caches that GroupQueryAttention takes, with a scale for each channel.
+        rounds_late: It attends to the first tokens of a cache as they come, and rounds them only to store them.
         qmoe_blocks: Quantization blocks along K that QMoE takes for INT4; empty: any.
         qmoe_multiple: Of the hidden size and the experts' width, for QMoE.
         qmoe_attributes: Attributes that QMoE needs beside those every provider gets.
@@ -37,6 +39,8 @@ class Provider:
     head_multiple: int = 8
     max_head_dim: int | None = None
     rotary_multiple: int = 16
+    kv_dtypes: frozenset[str] = frozenset()
+    rounds_late: bool = False
     qmoe_blocks: frozenset[int] = frozenset()
     qmoe_multiple: int = 1
     qmoe_attributes: Mapping[str, Any] = field(default_factory=dict)
@@ -48,6 +52,10 @@ class Provider:
             return f"GroupQueryAttention takes heads of a multiple of {self.head_multiple}, not of {spec.head_dim}"
         if self.max_head_dim is not None and spec.head_dim > self.max_head_dim:
             return f"{self.name}: GroupQueryAttention takes heads of at most {self.max_head_dim}, not {spec.head_dim}"
+        if spec.kv_dtype not in {"none", *self.kv_dtypes}:
+            return f"{self.name}: GroupQueryAttention takes no caches of {spec.kv_dtype.upper()}"
+        if spec.kv_dtype == "fp8" and spec.chunk_size and spec.kv_cache != "static":
+            return f"{self.name}: no operator cuts the slots of a chunk out of an FP8 cache"
         return None
 
     def prepares(self, spec: AttentionSpec) -> bool:
@@ -55,9 +63,10 @@ class Provider:
 
         The kernel norms, then rotates. The definition rotates, then norms: the same for a norm without weights
         (DESIGN section 4). A temperature would come between, so a layer with a norm and a temperature is prepared
-        outside.
+        outside. So is one with a quantized cache: the documentation names RoPE and norm together with it in one place,
+        and leaves them out in another.
         """
-        if not self.prepares_heads or not (spec.rope or spec.qk_norm_eps):
+        if not self.prepares_heads or spec.kv_dtype != "none" or not (spec.rope or spec.qk_norm_eps):
             return False
         rotates = not spec.rope or spec.head_dim % self.rotary_multiple == 0
         return rotates and not (spec.qk_norm_eps and spec.attn_scale)
@@ -77,12 +86,16 @@ class Provider:
         return None
 
 
-CPU = Provider("CPU")
+# kv_dtypes: measured (docs/adr/0017). FP8 caches are in the op's schema; "Not implemented" is what the kernel says.
+CPU = Provider("CPU", kv_dtypes=frozenset({"int8", "int4"}))
 
 # head_multiple, rotary_multiple: contrib_ops/cpu/bert/group_query_attention_helper.h, which both providers use.
 # max_head_dim: contrib_ops/cuda/bert/group_query_attention_qkv.cuh, the largest instance of UnpackRoPEAppend.
 # prepares_heads: contrib_ops/cuda/bert/group_query_attention.cc and docs/contrib_ops/cuda/gqa.md, section 3.
 # fast_bias: the same file; a bias excludes XQA, cuDNN and flash attention and leaves the kernel that keeps all scores.
+# kv_dtypes: gqa.md, section 4; the release has instances for int8, FP8 and packed INT4. With five query heads to a key
+# head it dequantizes the cache and takes flash attention (XQA wants groups of 4, 8, 16 or 32). None of it was run.
+# rounds_late: FlashAttentionAndQuantizeKV in group_query_attention_impl.cu, which serves first prompts.
 # qmoe_multiple: contrib_ops/cuda/moe/moe_quantization.cc (the 64-element tile of interleaved weights).
 # qmoe_blocks, weights_prepacked: docs/contrib_ops/cuda/moe_qmoe.md, sections 6.6 and 5.1. The default of
 # weights_prepacked, -1, means weights in CUTLASS's order to this provider; 0 has it reorder plain ones when it loads.
@@ -92,6 +105,8 @@ CUDA = Provider(
     prepares_heads=True,
     fast_bias=False,
     max_head_dim=256,
+    kv_dtypes=frozenset({"fp8", "int8", "int4"}),
+    rounds_late=True,
     qmoe_blocks=frozenset({32, 64, 128}),
     qmoe_multiple=64,
     qmoe_attributes={"weights_prepacked": 0},

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from l4convert.calibrating import Calibration, calibration_of
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import expected_tensors
@@ -29,12 +30,19 @@ from l4convert.planning import ConversionPlan, TimePlan
 from l4convert.planning.disk import existing_parent, plan_disk
 from l4convert.planning.estimate import estimate_time, noise_tensors, sample_layers
 from l4convert.planning.memory import plan_memory
+from l4convert.planning.serving import plan_serving
 from l4convert.planning.sharing import SharingPlan, plan_sharing
-from l4convert.planning.tensors import tensor_plans
+from l4convert.planning.tensors import TensorPlan, tensor_plans
+from l4convert.planning.tokens import parse_context
+from l4convert.planning.use import Artifact, ServingPlan, Wanted
+from l4convert.planning.working import PREFILL_TOKENS
 from l4convert.progress import NO_PROGRESS, Progress
-from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules
+from l4convert.quantization.kv import KvScheme
+from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules, with_kv_cache
+from l4convert.runtime.calibration_text import DEFAULT_TOKENS, CalibrationText, read_calibration_text
 from l4convert.runtime.client_files import client_files
 from l4convert.targets import TARGETS, Target
+from l4convert.targets.hardware import Hardware, hardware_names, load_hardware
 
 if TYPE_CHECKING:
     from l4convert.emit.cluster import Cluster
@@ -55,13 +63,17 @@ class _HowOptions:
     """How a checkpoint is converted, whether it is done or only planned.
 
     ``kv_cache`` and ``compute`` are the target's own where they are None. ``jobs`` and ``memory_limit`` (as "4G")
-    change how fast the artifact is written, not one byte of it.
+    change how fast the artifact is written, not one byte of it. ``kv_dtype``, ``kv_granularity`` and ``kv_layers`` go
+    over the recipe's ``[kv_cache]`` table.
     """
 
     target: str = "cpu"
     recipe: str = "int4"
     block_size: int | None = None
     kv_cache: str | None = None
+    kv_dtype: str | None = None
+    kv_granularity: str | None = None
+    kv_layers: str | None = None
     compute: str | None = None
     share_weights: bool = False
     verify_passes: bool = False
@@ -76,20 +88,32 @@ class ConvertOptions(_HowOptions):
     """What ``l4convert convert`` is asked for; field by field the options of that command.
 
     ``cluster`` changes where the bytes are computed (:func:`l4convert.emit.cluster.connected`), not one of them.
+    ``calibration`` is the text that quantized caches need, of which so many tokens are used.
     """
 
     checkpoint: Path
     output: Path
     cluster: str | None = None
+    calibration: Path | None = None
+    calibration_tokens: int = DEFAULT_TOKENS
 
 
 @dataclass(frozen=True)
 class PlanOptions(_HowOptions):
-    """What ``l4convert plan`` is asked for: a checkpoint or a preset, and how it would be converted."""
+    """What ``l4convert plan`` is asked for: a checkpoint or a preset, how it would be converted, and its use.
+
+    ``target`` may be a hardware profile, too: then the artifact is for its first runtime, and what fits is planned.
+    ``context`` (as "1M"), ``batch``, ``prefill_tokens`` and ``tensor_parallel`` are those of
+    :class:`l4convert.planning.use.Wanted`.
+    """
 
     checkpoint: Path | None = None
     preset: str | None = None
     output: Path | None = None
+    context: str | None = None
+    batch: int = 1
+    prefill_tokens: int = PREFILL_TOKENS
+    tensor_parallel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +123,8 @@ class ConvertResult:
     Attributes:
         passes: One report for each pass that ran, in order.
         bytes, tensors: Size and number of the tensors in the weights file.
+        kv_scheme: How the caches are quantized; None: they are not.
+        calibration: The text that their scales were found on.
         sharing: What stays in files of the checkpoint, where that was asked for; not counted in the others.
         resumed_bytes: How many of the bytes an earlier run had written.
         machines: How many machines computed weights.
@@ -109,6 +135,8 @@ class ConvertResult:
     target: str
     recipe: str
     kv_cache: str
+    kv_scheme: KvScheme | None
+    calibration: CalibrationText | None
     compute: str
     passes: tuple[PassReport, ...]
     bytes: int
@@ -124,15 +152,18 @@ class _Conversion:
 
     def __init__(self, options: ConvertOptions | PlanOptions, progress: Progress) -> None:
         self.options = options
-        self.target = _target(options)
+        self.target, self.hardware = _target(options)
         self.kv_cache = _choice(self.target, "KV cache", self.target.kv_caches, options.kv_cache)
         self.compute = _choice(self.target, "compute type", self.target.compute, options.compute)
         if options.output is not None:
             sources = [] if options.checkpoint is None else [options.checkpoint]
             check_destination(options.output, options.overwrite, sources)
-        self.recipe = load_recipe(options.recipe, options.block_size, self.target.block_size)
+        recipe = load_recipe(options.recipe, options.block_size, self.target.block_size)
+        self.recipe = with_kv_cache(recipe, options.kv_dtype, options.kv_granularity, options.kv_layers)
+        _check_kv_cache(self.recipe, self.target, options)
         self.checkpoint = _open(options)
         _check_recipe(self.recipe, self.checkpoint)
+        self.text = _calibration_text(options, self.checkpoint)
         self.model = self.build(self.checkpoint)
         self.reports = tuple(self.run_pass(p, options, progress) for p in self.passes)
         self.plan = plan_weights(self.model, options.share_weights)
@@ -142,10 +173,42 @@ class _Conversion:
     def passes(self) -> tuple[Pass, ...]:
         return (*CANONICAL_PASSES, *self.target.lowering)
 
-    def build(self, checkpoint: Checkpoint) -> ir.Model:
-        kv_cache: Any = self.kv_cache  # both were checked against the target's lists
+    def build(self, checkpoint: Checkpoint, kv_cache: str | None = None) -> ir.Model:
+        form: Any = kv_cache or self.kv_cache  # both were checked against the target's lists
         compute: Any = self.compute
-        return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, kv_cache, compute)
+        return build_decoder(checkpoint.config, checkpoint.tensors, checkpoint.experts, form, compute)
+
+    def calibration(self) -> Calibration | None:
+        """How the scales of quantized caches are found; None where there are none.
+
+        Raises:
+            UsageError: There is no text to find them on.
+        """
+        scheme = self.recipe.kv_cache
+        if scheme is None:
+            return None
+        if self.text is None:
+            raise UsageError(
+                f"caches in {scheme.dtype} need scales, which are found on a text",
+                "give --calibration FILE, a text like those that the model will see",
+            )
+        form = "growing" if "growing" in self.target.kv_caches else self.kv_cache
+        plain = self.build(self.checkpoint, form)
+        recipe = dataclasses.replace(self.recipe, kv_cache=None)
+        for graph_pass in self.passes:
+            graph_pass(plain, recipe)
+        compute: Any = self.compute
+        return calibration_of(
+            plain,
+            config=self.checkpoint.config,
+            compute=compute,
+            form=form,
+            cpu_form=self.compute == "bfloat16" or self.target.name == "cuda",
+            share_weights=self.options.share_weights,
+            scheme=scheme,
+            text=self.text,
+            quantized=self.plan,
+        )
 
     def sample(self) -> WeightsPlan:
         """The same conversion of one layer of each kind, with random weights."""
@@ -196,13 +259,13 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
     start = time.monotonic()
     filling = dataclasses.replace(_filling(options), cluster=cluster)
     conversion = _Conversion(options, progress)
-    checkpoint = conversion.checkpoint
+    checkpoint, calibration = conversion.checkpoint, conversion.calibration()
     resumed: list[int] = []
     write_artifact(
         conversion.model,
         options.output,
         sidecars=checkpoint.sidecars,
-        extra_files=client_files(checkpoint.config, conversion.kv_cache, checkpoint.sidecars, conversion.target.name),
+        extra_files=_client_files(conversion),
         manifest=_manifest(conversion, options, progress),
         overwrite=options.overwrite,
         share_weights=options.share_weights,
@@ -211,12 +274,15 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         sources=checkpoint.files,
         filling=filling,
         on_resumed=resumed.append,
+        finish=None if calibration is None else calibration.finish(conversion.model, progress),
     )
     return ConvertResult(
         output=options.output,
         target=conversion.target.name,
         recipe=conversion.recipe.name,
         kv_cache=conversion.kv_cache,
+        kv_scheme=conversion.recipe.kv_cache,
+        calibration=conversion.text,
         compute=conversion.compute,
         passes=conversion.reports,
         bytes=sum(tensor.nbytes for tensor in conversion.plan.tensors),
@@ -266,7 +332,23 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         disk=plan_disk(sum(files.values()) + manifest_reserve(weights), options.output),
         memory=memory,
         time=_estimate(conversion, memory.jobs) if measure else None,
+        serving=_serving(conversion, table) if isinstance(options, PlanOptions) else None,
     )
+
+
+def _serving(conversion: _Conversion, table: tuple[TensorPlan, ...]) -> ServingPlan | None:
+    """None where neither hardware nor a use was named."""
+    options, config = conversion.options, conversion.checkpoint.config
+    assert isinstance(options, PlanOptions)  # convert has no such options
+    asked = (options.context, options.tensor_parallel, conversion.hardware)
+    if all(value is None for value in asked) and options.batch == 1:
+        return None
+    compute: Any = conversion.compute
+    target, form = conversion.target, conversion.kv_cache
+    artifact = Artifact(config, table, conversion.recipe, target.name, form, compute, target.kv_dtypes)
+    context = None if options.context is None else parse_context(options.context, config.max_position_embeddings)
+    use = Wanted(context, options.batch, options.prefill_tokens, options.tensor_parallel, conversion.hardware)
+    return plan_serving(artifact, use)
 
 
 def _planned_files(conversion: _Conversion) -> dict[str, int]:
@@ -276,8 +358,14 @@ def _planned_files(conversion: _Conversion) -> dict[str, int]:
         MODEL_FILE: len(serialize_model(conversion.model, conversion.plan)),
     }
     files |= {path.name: path.stat().st_size for path in checkpoint.sidecars}
-    written = client_files(checkpoint.config, conversion.kv_cache, checkpoint.sidecars, conversion.target.name)
-    return files | {name: len(text.encode()) for name, text in written.items()}
+    return files | {name: len(text.encode()) for name, text in _client_files(conversion).items()}
+
+
+def _client_files(conversion: _Conversion) -> dict[str, str]:
+    checkpoint, recipe = conversion.checkpoint, conversion.recipe
+    return client_files(
+        checkpoint.config, conversion.kv_cache, checkpoint.sidecars, conversion.target.name, recipe.kv_cache
+    )
 
 
 def _filling(options: _HowOptions) -> Filling:
@@ -313,10 +401,18 @@ def _open(options: ConvertOptions | PlanOptions) -> Checkpoint:
     return preset_checkpoint(preset)
 
 
-def _target(options: ConvertOptions | PlanOptions) -> Target:
-    if options.target not in TARGETS:
-        raise UsageError(f"unknown target {options.target!r}", f"known targets: {', '.join(TARGETS)}")
-    return TARGETS[options.target]
+def _target(options: ConvertOptions | PlanOptions) -> tuple[Target, Hardware | None]:
+    """The target, and the hardware where that was named in a plan: then the target is its first runtime."""
+    name = options.target
+    if name in TARGETS:
+        return TARGETS[name], None
+    if not isinstance(options, PlanOptions):
+        raise UsageError(f"unknown target {name!r}", f"known targets: {', '.join(TARGETS)}")
+    if not name.endswith(".toml") and name not in hardware_names():
+        known = f"targets: {', '.join(TARGETS)}; hardware: {', '.join(hardware_names())}, or your own FILE.toml"
+        raise UsageError(f"unknown target {name!r}", known)
+    hardware = load_hardware(name)
+    return TARGETS[next(iter(hardware.runtimes), "cpu")], hardware
 
 
 def _choice(target: Target, kind: str, known: Sequence[str], wanted: str | None) -> str:
@@ -339,6 +435,27 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
         )
 
 
+def _check_kv_cache(recipe: Recipe, target: Target, options: ConvertOptions | PlanOptions) -> None:
+    if recipe.kv_cache is None:
+        if isinstance(options, ConvertOptions) and options.calibration is not None:
+            raise UsageError(
+                "--calibration is for quantized caches, and these are not", "give --kv-dtype, or leave it out"
+            )
+    elif recipe.kv_cache.dtype not in target.kv_dtypes:
+        others = ", ".join(name for name, row in TARGETS.items() if recipe.kv_cache.dtype in row.kv_dtypes)
+        raise UsageError(
+            f"target {target.name} takes no key/value caches of {recipe.kv_cache.dtype}",
+            f"give --kv-dtype none, or a target that does: {others}",
+        )
+
+
+def _calibration_text(options: ConvertOptions | PlanOptions, checkpoint: Checkpoint) -> CalibrationText | None:
+    if not isinstance(options, ConvertOptions) or options.calibration is None:
+        return None
+    vocabulary = checkpoint.config.vocab_size
+    return read_calibration_text(options.calibration, checkpoint.path, options.calibration_tokens, vocabulary)
+
+
 def _manifest(conversion: _Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     checkpoint = conversion.checkpoint
     return {
@@ -347,6 +464,7 @@ def _manifest(conversion: _Conversion, options: ConvertOptions, progress: Progre
         "target": conversion.target.name,
         "recipe": conversion.recipe.to_dict(),
         "kv_cache": conversion.kv_cache,
+        **({} if conversion.text is None else {"calibration": conversion.text.to_dict()}),
         "compute": conversion.compute,
         "calls": conversion.target.calls,
         "passes": [

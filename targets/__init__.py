@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from l4convert.frontend.compute import ComputeType
 from l4convert.graph_passes import PASSES, Pass
+from l4convert.quantization.kv import KvDtype
 from l4convert.targets import cpu, cuda, portable, tensorrt, tensorrt_rtx
 
 
@@ -20,6 +21,7 @@ class Target:
         lowering: Passes that run after the canonical ones, in order.
         kv_caches: Forms of the cache that it can have, the default first.
         compute: Types that its graphs can compute in, the default first.
+        kv_dtypes: Formats of quantized caches that it takes.
         block_size: Of INT4 in bundled recipes, where it is not asked for; None: the recipe's.
         calls: "in_place": the host cuts and packs calls (l4convert/runtime/calls.py); "any": the graph takes any call.
     """
@@ -31,6 +33,7 @@ class Target:
     compute: tuple[ComputeType, ...] = ("float32",)
     calls: Literal["any", "in_place"] = "any"
     block_size: int | None = None
+    kv_dtypes: tuple[KvDtype, ...] = get_args(KvDtype)
 
 
 _ON_GPU: tuple[ComputeType, ...] = ("bfloat16", "float16", "float32")
@@ -49,7 +52,14 @@ TARGETS: dict[str, Target] = {
         Target("portable", portable.SUMMARY, _passes(portable.LOWERING)),
         Target("tensorrt", tensorrt.SUMMARY, _passes(tensorrt.LOWERING), ("static",), _ON_GPU, "in_place", 128),
         Target(
-            "tensorrt-rtx", tensorrt_rtx.SUMMARY, _passes(tensorrt_rtx.LOWERING), ("static",), _ON_GPU, "in_place", 128
+            "tensorrt-rtx",
+            tensorrt_rtx.SUMMARY,
+            _passes(tensorrt_rtx.LOWERING),
+            ("static",),
+            _ON_GPU,
+            "in_place",
+            128,
+            tensorrt_rtx.KV_DTYPES,
         ),
     )
 }

@@ -24,11 +24,17 @@ KV caches:
   growing       the past is an input that grows; what ONNX Runtime GenAI and optimum expect by default
   static        preallocated buffers, updated in place
   windowed      growing, but chunked layers keep at most one chunk: least memory
+
+\b
+Types of keys and values (their scales are found on a text: `convert --calibration FILE`):
+  fp8           E4M3, one byte
+  int8          one byte
+  int4          half a byte
 """
 
 
 def conversion_options(function: F) -> F:
-    """Decorator: target, recipe, block size, form of the cache, compute type, sharing."""
+    """Decorator: target, recipe, block size, form and type of the cache, compute type, sharing."""
     options = [
         click.option("--target", default="cpu", show_default=True, metavar="NAME", shell_complete=target_names,
                      help="What to make it for; `l4convert targets` lists them."),
@@ -38,6 +44,12 @@ def conversion_options(function: F) -> F:
                      help="Weights that share an INT4 scale.  [default: 128 for TensorRT, else the recipe's]"),
         click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]),
                      help="Form of the key/value cache; see below.  [default: the target's first]"),
+        click.option("--kv-dtype", type=click.Choice(["fp8", "int8", "int4", "none"]),
+                     help="Quantize keys and values; see below.  [default: the recipe's, else none]"),
+        click.option("--kv-granularity", type=click.Choice(["head", "channel"]),
+                     help="What shares a scale in them.  [default: the recipe's, else head for fp8, else channel]"),
+        click.option("--kv-layers", type=click.Choice(["all", "global"]),
+                     help="Layers in which they are: all, or those that see the whole context.  [default: all]"),
         click.option("--compute", type=click.Choice(["float32", "bfloat16", "float16"]),
                      help="Type of activations and caches.  [default: the target's first]"),
         click.option("--share-weights", is_flag=True,

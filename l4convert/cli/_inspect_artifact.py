@@ -15,7 +15,7 @@ from l4convert.cli._render import count, fields, size, table
 from l4convert.emit import read_manifest
 from l4convert.emit.write import MODEL_FILE
 from l4convert.errors import InputError
-from l4convert.runtime import read_artifact
+from l4convert.runtime import ArtifactInfo, read_artifact
 
 # Inputs that hold quantized weights, and those that hold their scales and zero points, by operator (ONNX and ONNX
 # Runtime's ContribOperators.md). Packed operators keep two 4-bit weights a byte.
@@ -36,6 +36,8 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "target": info.target,
         "recipe": info.recipe,
         "kv_cache": info.kv_cache,
+        "kv_scheme": None if info.kv_scheme is None else info.kv_scheme.to_dict(),
+        "calibration": manifest.get("calibration"),
         "tool": manifest.get("tool"),
         "libraries": manifest.get("libraries"),
         "passes": manifest.get("passes"),
@@ -48,8 +50,14 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "bytes_by_dtype": _by_dtype(weights),
         "quantized_share": quantized_share(model),
     }
-    rows = layer_rows(info.config)
-    text = [_summary(payload, rows), _files(payload), _operators(payload), _io(payload), _bytes_table(payload)]
+    rows = [*_kv_rows(info, manifest), *layer_rows(info.config)]
+    text = [
+        _summary(payload, rows),
+        _files(payload),
+        _operators(payload),
+        _io(payload),
+        _bytes_table(payload),
+    ]
     if tensors:
         payload["tensors"] = [{"name": n, "dtype": d, "shape": s, "bytes": b} for n, d, s, b in weights]
         text.append(table(["tensor", "dtype", "shape", "bytes"], weights, right=[3]))
@@ -140,6 +148,17 @@ def _summary(payload: dict[str, Any], layers: list[tuple[str, str]]) -> str:
             *layers,
         ]
     )
+
+
+def _kv_rows(info: ArtifactInfo, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the caches are quantized, and what their scales were found on."""
+    if info.kv_scheme is None:
+        return []
+    text = manifest.get("calibration") or {}
+    return [
+        ("keys, values", str(info.kv_scheme)),
+        ("calibrated", f"on {text.get('tokens', '?')} tokens of {text.get('file', '?')}"),
+    ]
 
 
 def _files(payload: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ Examples:
   l4convert convert Llama-4-Scout --output scout-int4
   l4convert convert Llama-4-Scout --output scout-fp8 --recipe fp8 --target portable
   l4convert convert Llama-4-Scout --output scout-int4 --dry-run        what would be written, and how large
+  l4convert convert Llama-4-Scout --output scout-kv8 --kv-dtype int8 --calibration notes.txt
 """
 
 
@@ -30,6 +31,10 @@ Examples:
 @click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to write.")
 @conversion_options
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+              help="UTF-8 text like those the model will see, to find the scales of quantized caches on.")  # fmt: skip
+@click.option("--calibration-tokens", type=click.IntRange(min=1), default=4096, show_default=True, metavar="N",
+              help="Use so many tokens of it.")  # fmt: skip
 @click.option("--verify-passes", is_flag=True, help="Run the graph before and after each pass and compare.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan (`l4convert plan`); write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is already at OUT.")
@@ -68,6 +73,8 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "target": result.target,
         "recipe": result.recipe,
         "kv_cache": result.kv_cache,
+        "kv_scheme": None if result.kv_scheme is None else result.kv_scheme.to_dict(),
+        "calibration": None if result.calibration is None else result.calibration.to_dict(),
         "compute": result.compute,
         "passes": passes_payload(result.passes),
         "bytes": result.bytes,
@@ -92,8 +99,16 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
             ("target", result.target),
             ("recipe", result.recipe),
             ("KV cache", result.kv_cache),
+            *_kv_rows(result),
             ("computes in", result.compute),
         ]
     )
     following = f"Next: l4convert validate {result.output} --reference {options.checkpoint}"
     return "\n\n".join([summary, passes_text(result.passes, settings.verbose), following])
+
+
+def _kv_rows(result: ConvertResult) -> list[tuple[str, object]]:
+    if result.kv_scheme is None or result.calibration is None:
+        return []
+    text = result.calibration
+    return [("keys, values", result.kv_scheme), ("calibrated", f"on {len(text.ids):,} tokens of {text.name}")]

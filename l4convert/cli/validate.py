@@ -25,6 +25,7 @@ Examples:
   l4convert validate scout-int4 --reference Llama-4-Scout --text sample.txt
   l4convert validate scout-int4 --reference Llama-4-Scout --text sample.txt --policy strict.toml --junit parity.xml
   l4convert validate scout-rtx --engine rtx-5090 --reference Llama-4-Scout --text sample.txt
+  l4convert validate scout-int4 --reference Llama-4-Scout --text book.txt --window 100000
   l4convert validate scout-int4 --reference Llama-4-Scout --json > parity.json
 
 \b
@@ -40,10 +41,14 @@ Exit code 0 when every threshold of the policy holds; 4 when one does not, or no
               help="The checkpoint that OUT was made from.")  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to compare on (UTF-8).  [default: random tokens]")  # fmt: skip
-@click.option("--tokens", type=click.IntRange(min=2), default=3000, show_default=True, metavar="N",
-              help="Use so many tokens of the text.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(min=2), metavar="N",
+              help="Use so many tokens of the text.  [default: 3000, or one window]")  # fmt: skip
 @click.option("--window", type=click.IntRange(min=2), default=1000, show_default=True, metavar="N",
-              help="Tokens in one call. More than a chunk, or no chunk boundary is tested.")  # fmt: skip
+              help="Tokens of one text, from position 0 on. More than a chunk, or no chunk boundary is tested. "
+                   "Any number: in steps where they are too many for one call.")  # fmt: skip
+@click.option("--exact-angles", is_flag=True,
+              help="Have the reference multiply RoPE's angles in float64; its float32 ones are off at far positions."
+              )  # fmt: skip
 @click.option("--policy", type=click.Path(path_type=Path), metavar="FILE",
               help="Thresholds, as TOML.  [default: those of the recipe]")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the result as JUnit XML.")
@@ -56,8 +61,9 @@ def command(
     artifact: Path,
     reference: Path,
     text: Path | None,
-    tokens: int,
+    tokens: int | None,
     window: int,
+    exact_angles: bool,
     policy: Path | None,
     junit: Path | None,
     html: Path | None,
@@ -81,11 +87,12 @@ def command(
         reference,
         text=None if text is None else read_text(text, "--text"),
         text_name="given text" if text is None else text.name,
-        policy=None if policy is None else load_policy(policy, info.target, info.compute),
+        policy=None if policy is None else load_policy(policy, info.target, info.compute, info.kv_scheme),
         progress=settings.progress(),
         tokens=tokens,
         window=window,
         run_with=RunWith(engine, provider),
+        exact_angles=exact_angles,
     )
     settings.emit("validate", report.to_json(), _table(report), summary=report.passed)
     if junit is not None:

@@ -20,6 +20,7 @@ from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.safetensors_file import Stored
 from l4convert.emit.header import Entry, align, encode_header, stored_as
 from l4convert.emit.share import Choice, choose, shared_name
+from l4convert.frontend.builder import INLINE
 
 WEIGHTS_FILE = "model.safetensors"
 FILLER_PREFIX = "__padding__."
@@ -160,6 +161,8 @@ def _external_values(model: ir.Model) -> list[tuple[ir.Value, ...]]:
     for value in _initializers(model):
         tensor = value.const_value
         if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < EXTERNAL_FROM_BYTES:
+            continue
+        if value.meta.get(INLINE):
             continue
         users.setdefault(id(tensor), []).append(value)
     return [tuple(values) for values in users.values()]

@@ -49,6 +49,7 @@ def write_artifact(
     sources: Sequence[Path] = (),
     filling: Filling | None = None,
     on_resumed: Callable[[int], None] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``model`` and its weights as a folder that appears whole or not at all.
 
@@ -68,6 +69,9 @@ def write_artifact(
         sources: Files that the weights come from; if one changed, what an earlier run left is not continued.
         filling: Threads and memory, and whether to discard what an earlier run left.
         on_resumed: Called at the end with how many bytes of weights an earlier run had written.
+        finish: Called with the folder when all weights are in it and before anything else is. It may set values of
+            ``model`` that are stored in the graph, but not their sizes, and leaves no files behind. It runs anew in
+            every run that goes on from an earlier one.
 
     Returns:
         The absolute path of the artifact.
@@ -96,6 +100,9 @@ def write_artifact(
             with continued(staging, journal):
                 shared = share_files(plan.shared, folder, filling.threads, progress)
                 filled = write_weights(path, plan, progress, filling, journal)
+                if finish is not None:
+                    finish(folder)
+                    contents[MODEL_FILE] = serialize_model(model, plan)
                 files = {WEIGHTS_FILE: filled.file, **shared.files}
                 files |= {name: _write(folder / name, [content]) for name, content in contents.items()}
                 files |= {name: _write(folder / name, _blocks(source)) for name, source in copies.items()}

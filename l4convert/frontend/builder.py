@@ -16,6 +16,8 @@ import onnx_ir as ir
 from l4convert.checkpoint.lazy import LazyTensor
 
 INT64_MAX = np.iinfo(np.int64).max
+# Key in ``ir.Value.meta`` of an initializer that stays in model.onnx however large it is.
+INLINE = "l4convert.inline"
 
 
 def initializer(name: str, tensor: LazyTensor) -> ir.Value:

@@ -26,7 +26,26 @@ def from_float32(b: Builder, value: ir.Value, compute: ComputeType) -> ir.Value:
     return value if compute == "float32" else b.op("Cast", value, to=int(COMPUTE_TYPES[compute]))
 
 
+# Where a graph says what it computes in when its caches do not (``ir.Graph.metadata_props``).
+_RECORD = "l4convert.compute"
+
+
 def compute_type(graph: ir.Graph) -> ComputeType:
-    """The type of a decoder's caches, which is the one it computes in; float32 for a graph without any."""
-    names = {dtype: name for name, dtype in COMPUTE_TYPES.items()}
-    return next((names[value.dtype] for value in graph.inputs if value.dtype in names), "float32")
+    """The type of a decoder's caches, which is the one it computes in, or what was recorded before it quantized them.
+
+    float32 for a graph without any.
+    """
+    recorded = graph.metadata_props.get(_RECORD)
+    for name, dtype in COMPUTE_TYPES.items():
+        if recorded == name or (recorded is None and _first_float(graph) == dtype):
+            return name
+    return "float32"
+
+
+def _first_float(graph: ir.Graph) -> ir.DataType | None:
+    return next((value.dtype for value in graph.inputs if value.dtype in COMPUTE_TYPES.values()), None)
+
+
+def record_compute_type(graph: ir.Graph) -> None:
+    """Write down :func:`compute_type`, for when no cache tells it any more."""
+    graph.metadata_props[_RECORD] = compute_type(graph)

@@ -1,5 +1,6 @@
 """Prove that an artifact equals the reference: metrics, ways of feeding a text, policies, reports."""
 
+from l4convert.parity.by_length import LengthRow
 from l4convert.parity.metrics import Comparison, Metrics
 from l4convert.parity.outcome import REPORT_FILE, ParityReport, SplitRow, TextUsed, write_report
 from l4convert.parity.policy import Policy, Thresholds, default_policy, load_policy
@@ -10,6 +11,7 @@ from l4convert.parity.validate import compare, validate
 __all__ = [
     "REPORT_FILE",
     "Comparison",
+    "LengthRow",
     "Metrics",
     "ParityReport",
     "Policy",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ _BLOCK_ELEMENTS = 1 << 22  # float64 elements worked on at a time: 32 MiB an arr
 
 Logits = npt.NDArray[np.floating]
 Float64 = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,79 @@ class Metrics:
         return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured at consecutive tokens, one number a token.
+
+    Attributes:
+        finite, finite_reference: Whether all logits of the artifact, of the reference are finite, bool [N].
+        difference: max |artifact - reference| over the vocabulary, [N]; ``largest``: max |reference|.
+        agreeing: Whether both have the same most likely next token, bool [N].
+        kl: KL(reference || artifact) in nats, [N].
+        scored: Whether the next token is known, bool [N].
+        nll_reference, nll_artifact: Its negative log likelihood, [N]; 0 where it is not known.
+
+    Where a logit is not finite, only the first two mean something.
+    """
+
+    finite: Bools
+    finite_reference: Bools
+    difference: Float64
+    largest: Float64
+    agreeing: Bools
+    kl: Float64
+    scored: Bools
+    nll_reference: Float64
+    nll_artifact: Float64
+
+    def __len__(self) -> int:
+        return len(self.kl)
+
+    def __getitem__(self, tokens: slice) -> Measured:
+        return Measured(*(getattr(self, field.name)[tokens] for field in fields(self)))
+
+
+def measure(reference: Logits, artifact: Logits, targets: npt.NDArray[np.int64] | None = None) -> Iterator[Measured]:
+    """Compare the logits of some tokens, block by block.
+
+    Args:
+        reference: [N, vocabulary].
+        artifact: The same shape.
+        targets: [N], the next token of each, or ``NO_TARGET``; default: none is known.
+
+    Raises:
+        CheckFailed: The shapes differ.
+    """
+    if reference.shape != artifact.shape or reference.ndim != 2 or reference.shape[1] == 0:
+        raise CheckFailed(f"logits of shape {artifact.shape} cannot be compared with {reference.shape}")
+    if targets is None:
+        targets = np.full(len(reference), NO_TARGET)
+    for rows in _blocks(*reference.shape):
+        yield _measure(reference[rows].astype(np.float64), artifact[rows].astype(np.float64), targets[rows])
+
+
+def _measure(reference: Float64, artifact: Float64, targets: npt.NDArray[np.int64]) -> Measured:
+    finite: Bools = np.all(np.isfinite(artifact), axis=1)
+    finite_reference: Bools = np.all(np.isfinite(reference), axis=1)
+    usable = (finite & finite_reference)[:, None]
+    if not usable.all():
+        reference, artifact = np.where(usable, reference, 0), np.where(usable, artifact, 0)
+    log_p, log_q = log_softmax(reference), log_softmax(artifact)
+    scored = targets != NO_TARGET
+    index = np.arange(len(targets)), np.where(scored, targets, 0)
+    return Measured(
+        finite=finite,
+        finite_reference=finite_reference,
+        difference=np.abs(artifact - reference).max(axis=1),
+        largest=np.abs(reference).max(axis=1),
+        agreeing=reference.argmax(axis=1) == artifact.argmax(axis=1),
+        kl=kl_divergence(log_p, log_q),
+        scored=scored,
+        nll_reference=np.where(scored, -log_p[index], 0),
+        nll_artifact=np.where(scored, -log_q[index], 0),
+    )
+
+
 @dataclass
 class Comparison:
     """Accumulates a comparison; :meth:`result` may be asked for at any time."""
@@ -94,42 +168,24 @@ class Comparison:
     _non_finite_reference: int = 0
 
     def update(self, reference: Logits, artifact: Logits, targets: npt.NDArray[np.int64] | None = None) -> None:
-        """Compare the logits of some tokens.
+        """Compare the logits of some tokens; see :func:`measure`."""
+        for measured in measure(reference, artifact, targets):
+            self.add(measured)
 
-        Args:
-            reference: [N, vocabulary].
-            artifact: The same shape.
-            targets: [N], the next token of each, or ``NO_TARGET``; default: none is known.
-
-        Raises:
-            CheckFailed: The shapes differ.
-        """
-        if reference.shape != artifact.shape or reference.ndim != 2 or reference.shape[1] == 0:
-            raise CheckFailed(f"logits of shape {artifact.shape} cannot be compared with {reference.shape}")
-        if targets is None:
-            targets = np.full(len(reference), NO_TARGET)
-        for rows in _blocks(*reference.shape):
-            self._update_block(reference[rows].astype(np.float64), artifact[rows].astype(np.float64), targets[rows])
-
-    def _update_block(self, reference: Float64, artifact: Float64, targets: npt.NDArray[np.int64]) -> None:
-        finite_reference = np.isfinite(reference).all(axis=1)
-        finite = np.isfinite(artifact).all(axis=1)
-        self._non_finite_reference += int((~finite_reference).sum())
-        self._non_finite += int((~finite).sum())
-        usable = finite & finite_reference
+    def add(self, measured: Measured) -> None:
+        """Take in what was measured at some tokens."""
+        usable = measured.finite & measured.finite_reference
+        self._non_finite_reference += int((~measured.finite_reference).sum())
+        self._non_finite += int((~measured.finite).sum())
         if not usable.any():
             return
-        reference, artifact, targets = reference[usable], artifact[usable], targets[usable]
-        self._max_abs = max(self._max_abs, float(np.abs(artifact - reference).max()))
-        self._max_reference = max(self._max_reference, float(np.abs(reference).max()))
-        self._agreeing += int((reference.argmax(axis=1) == artifact.argmax(axis=1)).sum())
-        log_p, log_q = log_softmax(reference), log_softmax(artifact)
-        self._kl.append(kl_divergence(log_p, log_q))
-        scored = targets != NO_TARGET
-        index = (np.flatnonzero(scored), targets[scored])
-        self._scored += int(scored.sum())
-        self._nll_reference -= float(log_p[index].sum())
-        self._nll_artifact -= float(log_q[index].sum())
+        self._max_abs = max(self._max_abs, float(measured.difference[usable].max()))
+        self._max_reference = max(self._max_reference, float(measured.largest[usable].max()))
+        self._agreeing += int(measured.agreeing[usable].sum())
+        self._kl.append(measured.kl[usable])
+        self._scored += int(measured.scored[usable].sum())
+        self._nll_reference += float(measured.nll_reference[usable].sum())
+        self._nll_artifact += float(measured.nll_artifact[usable].sum())
 
     def result(self) -> Metrics:
         """What the tokens so far amount to."""

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from l4convert.checkpoint import Checkpoint
+from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit import read_manifest, source_digests
+from l4convert.frontend.rope import inverse_frequencies
+from l4convert.parity.in_steps import InSteps
+from l4convert.parity.metrics import Comparison
 from l4convert.parity.outcome import TextUsed
-from l4convert.parity.splits import Split, boundaries
+from l4convert.parity.reference import TransformersReference
+from l4convert.parity.splits import boundaries
+from l4convert.parity.steps import reference_steps
+from l4convert.parity.ways import Way
 from l4convert.runtime.engine_session import EngineSession
+from l4convert.runtime.runner import IntArray
 from l4convert.runtime.session import OrtSession
 
 _WEIGHTS = ".safetensors"
+_PROBE = 512  # tokens on which the reference is compared with itself
 
 
 def text_notes(used: TextUsed, length: int, chunk: int) -> Iterator[str]:
     """What a text cannot show: quality where it is random, chunk boundaries where it is short."""
     if used.random:
         yield f"The text is {used.source}: equality is measured, perplexity and KL on real text are not."
+    if length < used.window:
+        yield f"The longest window has {length} tokens, not {used.window}: there were no more."
     if boundaries(length, chunk) == 0:
         yield (
             f"No chunk boundary was crossed: windows have {length} tokens and chunks {chunk}. "
@@ -26,11 +39,57 @@ def text_notes(used: TextUsed, length: int, chunk: int) -> Iterator[str]:
         )
 
 
-def batch_notes(wanted: Sequence[Split], done: Sequence[Split], max_batch: int | None) -> Iterator[str]:
+def batch_notes(way: Way, max_batch: int | None) -> Iterator[str]:
     """Which comparisons were left out because the runner takes fewer texts at once."""
-    if len(done) < len(wanted):
-        texts = max(len(split.lengths) for split in wanted)
+    if way.too_many:
+        texts = way.too_many
         yield f"Padded batches were not compared: they have {texts} texts, and what ran takes {max_batch} at once."
+
+
+def step_notes(way: Way, config: DecoderConfig) -> Iterator[str]:
+    """How long windows were fed."""
+    if isinstance(way, InSteps):
+        length = len(way.windows[0])
+        yield (
+            f"Windows of {length} tokens are too long for one call: the reference was fed them in steps of at most "
+            f"{max(reference_steps(length, config))} tokens, with its own cache and scaled_dot_product_attention."
+        )
+        if way.beginning:
+            yield (
+                f"The other splits are those of the first {len(way.beginning.windows[0])} tokens: what ran has one "
+                "stream at a time."
+            )
+
+
+def position_notes(reference: TransformersReference, ids: IntArray) -> Iterator[str]:
+    """How far the reference is off by itself at the end of a long window [tokens].
+
+    A text is given positions of the last chunk instead of the first. RoPE is relative and a text of one chunk sees
+    nothing else of its position, so exactly nothing would change.
+    """
+    config = reference.checkpoint.config
+    last = (len(ids) - 1) // config.attention_chunk_size * config.attention_chunk_size
+    if reference.exact_angles or last == 0:
+        return
+    text = ids[: min(_PROBE, config.attention_chunk_size)]
+    comparison = Comparison()
+    comparison.update(reference.logits(text), reference.shifted(text, last))
+    found = comparison.result()
+    yield (
+        f"transformers multiplies RoPE's angles in float32, which is off by up to {_angle_error(config, last):.1e} "
+        f"radians at position {last}. Of {len(text)} tokens said to be there, its logits differ by "
+        f"{found.max_rel_logit:.1e} (relative), KL {found.mean_kl:.1e}, from those of the same tokens at position 0, "
+        "where nothing but rounding should. The artifact's angles have no such error; --exact-angles takes it out of "
+        "the reference."
+    )
+
+
+def _angle_error(config: DecoderConfig, position: int) -> float:
+    """The largest rounding error of ``position * frequency`` in float32 in the chunk from ``position`` on."""
+    frequencies = inverse_frequencies(config).astype(np.float32)
+    places = np.arange(position, position + min(_PROBE, config.attention_chunk_size))[:, None]
+    rounded = places.astype(np.float32) * frequencies
+    return float(np.abs(rounded - places * frequencies.astype(np.float64)).max())
 
 
 def runner_notes(session: OrtSession | EngineSession) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from l4convert import __version__
 from l4convert.errors import InputError
+from l4convert.parity.by_length import LengthRow
 from l4convert.parity.metrics import Metrics
 from l4convert.parity.policy import Policy
 
@@ -83,6 +84,7 @@ class ParityReport:
         recipe, target, kv_cache: What the manifest says.
         text: What it was run on; ``policy``: what it was held to.
         rows: One for each way of feeding; the first has the whole text.
+        by_length: The first row's measures by position in the window, the first positions first.
         notes: What a reader should know to believe the numbers.
     """
 
@@ -95,6 +97,7 @@ class ParityReport:
     policy: Policy
     rows: tuple[SplitRow, ...]
     notes: tuple[str, ...]
+    by_length: tuple[LengthRow, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -126,6 +129,7 @@ class ParityReport:
             "text": asdict(self.text),
             "policy": asdict(self.policy),
             "rows": [row.to_json() for row in self.rows],
+            "by_length": [row.to_json() for row in self.by_length],
             "failures": list(self.failures),
             "notes": list(self.notes),
         }

@@ -14,6 +14,7 @@ from typing import Any
 
 from l4convert.errors import InputError
 from l4convert.parity.metrics import Metrics
+from l4convert.quantization.kv import KvScheme
 
 SCHEMA = "l4convert.policy/1"
 
@@ -93,7 +94,9 @@ class Policy:
     drift: Thresholds
 
 
-def default_policy(recipe: str, schemes: Collection[str], target: str, compute: str = "float32") -> Policy:
+def default_policy(
+    recipe: str, schemes: Collection[str], target: str, compute: str = "float32", kv: KvScheme | None = None
+) -> Policy:
     """The bundled policy of a recipe; for one of the user's own, that of the coarsest scheme in it.
 
     Args:
@@ -101,16 +104,17 @@ def default_policy(recipe: str, schemes: Collection[str], target: str, compute: 
         schemes: The schemes that its rules name.
         target: The artifact's target, which may have limits of its own.
         compute: The type that it computes in, likewise.
+        kv: How its caches are quantized, likewise.
     """
     folder = resources.files("l4convert.parity").joinpath("policies")
     known = {entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")}
     name = recipe if recipe in known else next((s for s in _COARSEST_FIRST if s in schemes), "none")
     text = folder.joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return parse_policy(text, target, compute, name=f"default for {name}", where=f"{name}.toml")
+    return parse_policy(text, target, compute, kv, name=f"default for {name}", where=f"{name}.toml")
 
 
-def load_policy(file: Path, target: str, compute: str = "float32") -> Policy:
-    """Read a policy file for artifacts of ``target`` that compute in ``compute``.
+def load_policy(file: Path, target: str, compute: str = "float32", kv: KvScheme | None = None) -> Policy:
+    """Read a policy file for artifacts of ``target`` that compute in ``compute`` and quantize their caches by ``kv``.
 
     Raises:
         InputError: It cannot be read, is not TOML, or has a key or value that means nothing.
@@ -119,13 +123,16 @@ def load_policy(file: Path, target: str, compute: str = "float32") -> Policy:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from error
-    return parse_policy(content, target, compute, name=file.name, where=str(file))
+    return parse_policy(content, target, compute, kv, name=file.name, where=str(file))
 
 
-def parse_policy(content: str, target: str, compute: str = "float32", *, name: str, where: str) -> Policy:
+def parse_policy(
+    content: str, target: str, compute: str = "float32", kv: KvScheme | None = None, *, name: str, where: str
+) -> Policy:
     """Read a policy: tables ``reference`` and ``drift``.
 
-    Under ``compute.NAME``, and then under ``target.NAME``, the same tables again override them.
+    Under ``compute.NAME``, then ``kv.DTYPE``, ``kv.DTYPE-GRANULARITY`` and ``target.NAME``, the same tables again
+    override them.
     """
     try:
         tables = tomllib.loads(content)
@@ -137,14 +144,16 @@ def parse_policy(content: str, target: str, compute: str = "float32", *, name: s
     policy = _policy(tables, name, where)
     if policy == Policy(name, Thresholds(), Thresholds()):
         raise InputError(f"{where}: limits nothing", f"Known limits: {', '.join(_MEASURES)}.")
-    for known, wanted in zip(overrides, (compute, target), strict=True):
-        policy = _merged(policy, known[wanted]) if wanted in known else policy
+    caches = () if kv is None else (kv.dtype, f"{kv.dtype}-{kv.granularity}")
+    for known, wanted in zip(overrides, ((compute,), caches, (target,)), strict=True):
+        for override in (known[key] for key in wanted if key in known):
+            policy = _merged(policy, override)
     return policy
 
 
 # Tables of tables: what they are for, in the order in which they apply.
-_OVERRIDES = ("compute", "target")
-_TABLES_HINT = "Tables: reference, drift, compute.NAME, target.NAME."
+_OVERRIDES = ("compute", "kv", "target")
+_TABLES_HINT = "Tables: reference, drift, compute.NAME, kv.NAME, target.NAME."
 
 
 def _overrides(tables: dict[str, Any], kind: str, name: str, where: str) -> dict[str, Policy]:

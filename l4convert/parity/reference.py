@@ -1,4 +1,8 @@
-"""The reference: transformers' Llama 4, eager, float32, on the CPU, without a cache. Nothing of it is ours."""
+"""The reference: transformers' Llama 4, float32, on the CPU. Nothing of it is ours.
+
+Texts that fit into memory go through eager attention in one forward pass, without a cache. Longer ones are fed in
+steps, with the cache that transformers itself would choose.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,23 @@ from l4convert.runtime.runner import FloatArray, IntArray, Runner, check_step
 _SUMMARY_CHARS = 240
 
 
+class ReferenceStream(Protocol):
+    """One text that is being fed to a reference, step by step."""
+
+    def step(self, ids: IntArray) -> FloatArray:
+        """Append tokens [S]; their logits [S, vocabulary]."""
+        ...
+
+
 class Reference(Runner, Protocol):
     """A runner that can also give the logits of a whole text without any cache."""
 
     def logits(self, ids: IntArray) -> FloatArray:
         """Logits [tokens, vocabulary] of one text [tokens], from one forward pass."""
+        ...
+
+    def stream(self) -> ReferenceStream:
+        """Begin a text of any length."""
         ...
 
 
@@ -30,29 +46,57 @@ class TransformersReference:
 
     Args:
         path: The checkpoint's folder, in Hugging Face format.
+        exact_angles: Multiply position and frequency in float64. transformers does so in float32, which at position p
+            rounds the angle by up to p * 2**-24 radians; nothing else of it is changed.
 
     Raises:
         BackendMissing: torch or transformers is not installed.
         InputError: The checkpoint is not whole, or not one that transformers reads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, exact_angles: bool = False) -> None:
         self._torch = _require_backend()
         self.checkpoint = open_checkpoint(path)
-        with _quiet():
-            self._model: Any = _load(self.checkpoint)
+        self.exact_angles = exact_angles
+        self._attention = "eager"
+        self._model: Any = load_transformers(self.checkpoint)
+        if exact_angles:
+            _use_exact_angles(self._model.model.rotary_emb)
 
     @property
     def name(self) -> str:
         """Library, version and checkpoint."""
         import transformers
 
-        return f"transformers {transformers.__version__} eager float32, {self.checkpoint.path.name}"
+        angles = ", angles in float64" if self.exact_angles else ""
+        return f"transformers {transformers.__version__} eager float32{angles}, {self.checkpoint.path.name}"
 
     def logits(self, ids: IntArray) -> FloatArray:
         """Logits [tokens, vocabulary] of one text [tokens]: one forward pass, no cache, no padding."""
+        return self._run("eager", ids, use_cache=False)
+
+    def stream(self) -> TransformersStream:
+        """Begin a text that is fed in steps; see :class:`TransformersStream`."""
+        from transformers import DynamicCache
+
+        # With the config, a chunked layer keeps the last C - 1 tokens and the masks know it.
+        return TransformersStream(self._run, DynamicCache(config=self._model.config))
+
+    def shifted(self, ids: IntArray, start: int) -> FloatArray:
+        """:meth:`logits` of a text whose first token is said to be at position ``start``, a multiple of the chunk size.
+
+        In exact arithmetic that changes nothing: only RoPE sees the positions, and RoPE is relative. So what changes is
+        the error that the reference makes at such positions.
+        """
+        positions = self._torch.arange(start, start + len(ids))[None]
+        return self._run("eager", ids, use_cache=False, position_ids=positions)
+
+    def _run(self, attention: str, ids: IntArray, **options: Any) -> FloatArray:
+        if attention != self._attention:
+            self._model.set_attn_implementation(attention)
+            self._attention = attention
         with self._torch.no_grad():
-            output = self._model(input_ids=self._torch.from_numpy(ids.astype(np.int64))[None], use_cache=False)
+            output = self._model(input_ids=self._torch.from_numpy(ids.astype(np.int64))[None], **options)
         array: FloatArray = output.logits[0].float().numpy()
         return array
 
@@ -67,6 +111,24 @@ class TransformersReference:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._model = None
+
+
+class TransformersStream:
+    """A text fed in steps of any sizes, by transformers' own code: its cache, its masks, and PyTorch's
+    ``scaled_dot_product_attention``, which does not hold the scores of a step at once as eager attention does.
+
+    Args:
+        run: Calls the model with an attention implementation, token ids [S] and more arguments; gives logits.
+        cache: A ``DynamicCache`` made with the model's config.
+    """
+
+    def __init__(self, run: Callable[..., FloatArray], cache: Any) -> None:
+        self._run = run
+        self._cache = cache
+
+    def step(self, ids: IntArray) -> FloatArray:
+        """Append tokens [S]; their logits float32 [S, vocabulary]."""
+        return self._run("sdpa", ids, past_key_values=self._cache, use_cache=True)
 
 
 class RecomputingStream:
@@ -106,8 +168,24 @@ def _require_backend() -> Any:
     return torch
 
 
-def _load(checkpoint: Checkpoint) -> Any:
-    """The model, in evaluation mode, with every weight from the checkpoint."""
+def load_transformers(checkpoint: Checkpoint, dtype: str = "float32", attention: str | None = "eager") -> Any:
+    """``Llama4ForCausalLM``, in evaluation mode, with every weight from the checkpoint.
+
+    Args:
+        checkpoint: In Hugging Face format.
+        dtype: Name of the torch type to compute in.
+        attention: Name of the implementation; None: what transformers takes by itself.
+
+    Raises:
+        BackendMissing: torch or transformers is not installed.
+        InputError: The checkpoint is not whole, or not one that transformers reads.
+    """
+    _require_backend()
+    with _quiet():
+        return _load(checkpoint, dtype, attention)
+
+
+def _load(checkpoint: Checkpoint, dtype: str, attention: str | None) -> Any:
     import torch
     import transformers
 
@@ -117,7 +195,9 @@ def _load(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path}: transformers cannot read a checkpoint of format {checkpoint.format}", hint
         )
     load: Any = transformers.Llama4ForCausalLM.from_pretrained
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    if attention is not None:
+        options["attn_implementation"] = attention
     try:
         config = _text_config(checkpoint.path)
         if checkpoint.experts == "stacked":
@@ -131,6 +211,17 @@ def _load(checkpoint: Checkpoint) -> Any:
     if missing:
         raise InputError(f"{checkpoint.path}: transformers finds no weight for {min(missing)}")
     return model.eval()
+
+
+def _use_exact_angles(rotary: Any) -> None:
+    """Have a ``Llama4TextRotaryEmbedding`` compute its angles in float64, from its own frequencies."""
+    import torch
+
+    def forward(x: Any, position_ids: Any) -> Any:
+        angles = position_ids[..., None].double() * rotary.inv_freq.to(x.device).double()
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64) * rotary.attention_scaling
+
+    rotary.forward = forward
 
 
 def _text_config(path: Path) -> Any:

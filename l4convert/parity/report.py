@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from xml.etree import ElementTree
 
+from l4convert.parity.by_length import LengthRow
 from l4convert.parity.outcome import ParityReport, SplitRow, write_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
-class _Column:
+class _Column(Generic[Row]):
     title: str
-    value: Callable[[SplitRow], str]
+    value: Callable[[Row], str]
 
 
-_COLUMNS = (
+_COLUMNS: tuple[_Column[SplitRow], ...] = (
     _Column("split", lambda row: row.name),
     _Column("calls", lambda row: f"{row.calls}"),
     _Column("tokens", lambda row: f"{row.metrics.tokens}"),
@@ -35,6 +39,18 @@ _COLUMNS = (
     _Column("ppl", lambda row: f"{row.metrics.ppl_artifact:.3f}"),
     _Column("drift KL", lambda row: "" if row.drift is None else f"{row.drift.mean_kl:.1e}"),
     _Column("", lambda row: "pass" if row.passed else "FAIL"),
+)
+
+_LENGTH_COLUMNS: tuple[_Column[LengthRow], ...] = (
+    _Column("positions", lambda row: f"{row.start:,}-{row.stop - 1:,}"),
+    _Column("tokens", lambda row: f"{row.metrics.tokens}"),
+    _Column("max |d|", lambda row: f"{row.metrics.max_abs_logit:.2e}"),
+    _Column("relative", lambda row: f"{row.metrics.max_rel_logit:.2e}"),
+    _Column("mean KL", lambda row: f"{row.metrics.mean_kl:.2e}"),
+    _Column("p99 KL", lambda row: f"{row.metrics.p99_kl:.2e}"),
+    _Column("top-1", lambda row: f"{row.metrics.top1:.4f}"),
+    _Column("ppl ref", lambda row: f"{row.metrics.ppl_reference:.3f}"),
+    _Column("ppl", lambda row: f"{row.metrics.ppl_artifact:.3f}"),
 )
 
 
@@ -54,18 +70,30 @@ def headline(report: ParityReport) -> str:
 def render(report: ParityReport) -> RenderableType:
     """The report as a rich renderable."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=_title(report), title_justify="left")
-    for index, column in enumerate(_COLUMNS):
-        table.add_column(column.title, justify="left" if index == 0 else "right", no_wrap=True)
+    table = _table(_title(report), _COLUMNS)
     for row in report.rows:
         style = None if row.passed else "red"
         table.add_row(*(Text(column.value(row)) for column in _COLUMNS), style=style)
+    tables = [table]
+    if len(report.by_length) > 1:  # one range would say what the first row says
+        tables.append(_table("By context length", _LENGTH_COLUMNS))
+        for part in report.by_length:
+            tables[-1].add_row(*(Text(column.value(part)) for column in _LENGTH_COLUMNS))
     lines = [Text(f"note: {note}", style="yellow") for note in report.notes]
     lines += [Text(f"failed: {reason}", style="red") for reason in report.failures]
-    return Group(table, *lines, Text(headline(report), style="green" if report.passed else "bold red"))
+    return Group(*tables, *lines, Text(headline(report), style="green" if report.passed else "bold red"))
+
+
+def _table(title: str, columns: Sequence[_Column[Any]]) -> Table:
+    """An empty table: the first column holds text, the others numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column.title, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
 
 
 def write_junit(report: ParityReport, file: Path) -> None:
@@ -110,8 +138,9 @@ def write_html(report: ParityReport, file: Path) -> None:
         InputError: The file cannot be written.
     """
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _facts(report))
-    head = "".join(f"<th>{escape(column.title)}</th>" for column in _COLUMNS)
-    body = "".join(_html_row(row) for row in report.rows)
+    rows = _html_table(_COLUMNS, [(row, _html_attributes(row)) for row in report.rows])
+    lengths = _html_table(_LENGTH_COLUMNS, [(row, "") for row in report.by_length])
+    by_length = f"<h2>By context length</h2>{lengths}" if len(report.by_length) > 1 else ""
     lists = _html_list("Failed", report.failures) + _html_list("Notes", report.notes)
     title, verdict = escape(_title(report)), "pass" if report.passed else "fail"
     write_text(
@@ -119,13 +148,22 @@ def write_html(report: ParityReport, file: Path) -> None:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>"
         f'<p class="{verdict}">{escape(headline(report))}</p>{lists}'
-        f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>\n<dl>{facts}</dl></body></html>\n",
+        f"{rows}\n{by_length}<dl>{facts}</dl></body></html>\n",
     )
 
 
-def _html_row(row: SplitRow) -> str:
-    cells = "".join(f"<td>{escape(column.value(row))}</td>" for column in _COLUMNS)
-    return f'<tr class="{"pass" if row.passed else "fail"}" title="{escape(row.description)}">{cells}</tr>\n'
+def _html_table(columns: Sequence[_Column[Row]], rows: Iterable[tuple[Row, str]]) -> str:
+    """A table; each row with the attributes of its ``tr``."""
+    head = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
+    body = "".join(
+        f"<tr{attributes}>" + "".join(f"<td>{escape(column.value(row))}</td>" for column in columns) + "</tr>\n"
+        for row, attributes in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def _html_attributes(row: SplitRow) -> str:
+    return f' class="{"pass" if row.passed else "fail"}" title="{escape(row.description)}"'
 
 
 def _html_list(title: str, lines: Sequence[str]) -> str:

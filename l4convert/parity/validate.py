@@ -1,27 +1,35 @@
-"""Compare an artifact with the reference: every window of a text in one call, and the ways of splitting it."""
+"""Compare an artifact with the reference: every window of a text at once or in steps, and the ways of splitting it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import InputError, UsageError
-from l4convert.parity.feeding import feed
-from l4convert.parity.metrics import NO_TARGET, Comparison
-from l4convert.parity.notes import batch_notes, runner_notes, source_notes, text_notes
-from l4convert.parity.outcome import ParityReport, SplitRow, TextUsed
-from l4convert.parity.policy import ELEMENTWISE, Policy, default_policy
+from l4convert.parity.by_length import TextComparison
+from l4convert.parity.notes import (
+    batch_notes,
+    position_notes,
+    runner_notes,
+    source_notes,
+    step_notes,
+    text_notes,
+)
+from l4convert.parity.outcome import ParityReport, TextUsed
+from l4convert.parity.policy import Policy, default_policy
 from l4convert.parity.reference import Reference, TransformersReference
-from l4convert.parity.splits import Split, batch_splits, boundaries, one_call, single_row_splits
-from l4convert.progress import NO_PROGRESS, Progress, Task
+from l4convert.parity.steps import is_long
+from l4convert.parity.trial import Trial
+from l4convert.parity.ways import choose_way
+from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.runtime.engine_session import EngineSession
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.open import ON_CPU, RunWith
-from l4convert.runtime.runner import FloatArray, IntArray, Runner
+from l4convert.runtime.runner import IntArray, Runner
 from l4convert.runtime.tokenizer import TextTokenizer
 
 DEFAULT_TOKENS = 3000
@@ -43,16 +51,17 @@ def validate(
     text_name: str = "given text",
     policy: Policy | None = None,
     progress: Progress = NO_PROGRESS,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int | None = None,
     window: int = DEFAULT_WINDOW,
     threads: int | None = None,
     run_with: RunWith = ON_CPU,
+    exact_angles: bool = False,
 ) -> ParityReport:
     """Measure an artifact against transformers on the checkpoint it was made from, and judge it by a policy.
 
     The beginning of ``text`` is cut into windows, each of which starts at position 0 (with the beginning-of-text token,
-    where the tokenizer puts one). All of them are
-    compared in one call each; the first one also by every other split, and parts of the text as padded batches.
+    where the tokenizer puts one). All of them are compared in one call each, or in steps where they are too long for
+    one; the first one also by every other split, and parts of the text as padded batches.
 
     Args:
         artifact: The folder that ``convert`` wrote.
@@ -61,10 +70,12 @@ def validate(
         text_name: What to call it in the report.
         policy: Thresholds; default: the bundled ones of the artifact's recipe.
         progress: Where to report.
-        tokens: The most tokens to use, over all windows.
-        window: Tokens in a window. Memory is a few times ``window`` * vocabulary * 4 bytes.
+        tokens: The most tokens to use, over all windows. Default: 3,000, or a window where that is more.
+        window: Tokens in a window. Those that are too long for one call (l4convert/parity/steps.py) are fed in steps,
+            so that memory grows with the caches only.
         threads: For ONNX Runtime.
         run_with: What runs the artifact.
+        exact_angles: Have the reference multiply RoPE's angles in float64, so that it is right at far positions too.
 
     Returns:
         A report; look at its ``passed``.
@@ -76,14 +87,19 @@ def validate(
     """
     info = read_artifact(artifact)
     limit = info.config.max_position_embeddings
+    tokens = max(DEFAULT_TOKENS, window) if tokens is None else tokens
     if not 2 <= window <= limit or tokens < 2:
         raise UsageError(
             f"cannot use windows of {window} in {tokens} tokens: both are at least 2, a window at most {limit}"
         )
-    policy = policy if policy is not None else default_policy(info.recipe, info.schemes, info.target, info.compute)
+    policy = (
+        policy
+        if policy is not None
+        else default_policy(info.recipe, info.schemes, info.target, info.compute, info.kv_scheme)
+    )
     windows, used = prepare_text(info, text, tokens, window, text_name)
     with progress.task("Loading the reference", total=1, unit="models") as task:
-        model = TransformersReference(reference)
+        model = TransformersReference(reference, exact_angles=exact_angles)
         task.advance(1)
     with model, run_with.open(artifact, max_length=window, threads=threads) as session:
         _check_same_model(info.config, model.checkpoint.config, artifact, reference)
@@ -97,8 +113,11 @@ def validate(
             faults=config_faults(info.config, model.checkpoint.config),
             progress=progress,
             max_batch=session.max_batch if isinstance(session, EngineSession) else None,
+            one_stream=isinstance(session, EngineSession),
         )
         notes = (*report.notes, *source_notes(artifact, model.checkpoint), *runner_notes(session))
+        if is_long(len(windows[0]), info.config):
+            notes += tuple(position_notes(model, windows[0]))
         return replace(report, notes=notes)
 
 
@@ -140,6 +159,7 @@ def compare(
     faults: Sequence[str] = (),
     progress: Progress = NO_PROGRESS,
     max_batch: int | None = None,
+    one_stream: bool = False,
 ) -> ParityReport:
     """Run everything and judge it; see :func:`validate`.
 
@@ -153,16 +173,14 @@ def compare(
         faults: What fails the comparison whatever its numbers are, such as those of :func:`config_faults`.
         progress: Where to report.
         max_batch: The most texts that the artifact's runner takes at once; None: any number.
+        one_stream: Whether it has only one stream at a time, so that long windows cannot be fed in several ways side
+            by side.
     """
-    chunk = info.config.attention_chunk_size
-    single = single_row_splits(len(windows[0]), chunk)
-    batches = batch_splits(len(windows[0]), chunk)
-    batch = tuple(split for split in batches if max_batch is None or len(split.lengths) <= max_batch)
-    alone = sum(batch[0].lengths) if batch else 0
-    total = used.tokens + len(windows[0]) * len(single) + alone * (1 + len(batch))
-    with progress.task("Comparing", total=total, unit="tokens") as task:
-        comparer = _Comparer(artifact, reference, policy, chunk, info.config.pad_token_id or 0, task)
-        first, *others = comparer.rows(windows, single, batch)
+    way = choose_way(windows, info.config, max_batch, one_stream)
+    with progress.task("Comparing", total=way.tokens, unit="tokens") as task:
+        text = TextComparison(max(map(len, windows)))
+        trial = Trial(artifact, reference, policy, info.config, task)
+        first, *others = way.rows(trial, text)
     rows = (replace(first, failures=(*faults, *first.failures)), *others)
     return ParityReport(
         artifact=info.path.name,
@@ -173,86 +191,13 @@ def compare(
         text=used,
         policy=policy,
         rows=rows,
-        notes=(*text_notes(used, len(windows[0]), chunk), *batch_notes(batches, batch, max_batch)),
+        by_length=text.by_length.rows(),
+        notes=(
+            *text_notes(used, len(windows[0]), info.config.attention_chunk_size),
+            *batch_notes(way, max_batch),
+            *step_notes(way, info.config),
+        ),
     )
-
-
-@dataclass(frozen=True)
-class _Text:
-    """One text [tokens] and its logits [tokens, vocabulary]: the reference's, and the artifact's in one call."""
-
-    ids: IntArray
-    reference: FloatArray
-    own: FloatArray
-
-    @property
-    def targets(self) -> IntArray:
-        """The next token of each token, [tokens]."""
-        return np.append(self.ids[1:], NO_TARGET)
-
-
-class _Comparer:
-    """One validation under way: the two models, and what every comparison needs."""
-
-    def __init__(
-        self, artifact: Runner, reference: Reference, policy: Policy, chunk: int, pad_id: int, task: Task
-    ) -> None:
-        self._artifact = artifact
-        self._reference = reference
-        self._policy = policy
-        self._chunk = chunk
-        self._pad_id = pad_id
-        self._task = task
-
-    def rows(self, windows: Sequence[IntArray], single: Sequence[Split], batch: Sequence[Split]) -> Iterator[SplitRow]:
-        """Every window in one call, the first one by the splits ``single``, parts of all by the splits ``batch``."""
-        comparison, first = Comparison(), self._measure(windows[0])
-        comparison.update(first.reference, first.own, first.targets)
-        for ids in windows[1:]:
-            text = self._measure(ids)
-            comparison.update(text.reference, text.own, text.targets)
-        yield self._whole(windows, comparison)
-        for split in single:
-            yield self._split(split, [first])
-        if batch:
-            texts = [self._measure(ids) for ids in spread(windows, batch[0].lengths)]
-            for split in batch:
-                yield self._split(split, texts)
-
-    def _measure(self, ids: IntArray) -> _Text:
-        reference = self._reference.logits(ids)
-        (piece,) = feed(self._artifact, [ids], one_call(len(ids)), self._pad_id)
-        self._task.advance(len(ids))
-        return _Text(ids, reference, piece.logits)
-
-    def _whole(self, windows: Sequence[IntArray], comparison: Comparison) -> SplitRow:
-        metrics = comparison.result()
-        failures = (*metrics.problems(), *self._policy.reference.broken_by(metrics))
-        crossed = sum(boundaries(len(ids), self._chunk) for ids in windows)
-        return SplitRow("one call", "every window at once", len(windows), crossed, metrics, None, failures)
-
-    def _split(self, split: Split, texts: Sequence[_Text]) -> SplitRow:
-        against_reference, drifted = Comparison(), Comparison()
-        for piece in feed(self._artifact, [text.ids for text in texts], split, self._pad_id):
-            text, tokens = texts[piece.row], piece.tokens
-            against_reference.update(text.reference[tokens], piece.logits, text.targets[tokens])
-            drifted.update(text.own[tokens], piece.logits)
-            self._task.advance(len(piece.logits))
-        metrics, drift = against_reference.result(), drifted.result()
-        failures = (
-            *metrics.problems(),
-            *self._policy.reference.broken_by(metrics, only=ELEMENTWISE),
-            *(f"drift from one call: {line}" for line in (*drift.problems(), *self._policy.drift.broken_by(drift))),
-        )
-        crossed = sum(boundaries(length, self._chunk) for length in split.lengths)
-        return SplitRow(split.name, split.description, len(split.calls), crossed, metrics, drift, failures)
-
-
-def spread(windows: Sequence[IntArray], lengths: Sequence[int]) -> list[IntArray]:
-    """Texts of the given lengths from different places, so that a row that sees another's tokens shows."""
-    ids = np.concatenate(windows)
-    last = max(1, len(lengths) - 1)
-    return [ids[(len(ids) - length) * row // last :][:length] for row, length in enumerate(lengths)]
 
 
 def config_faults(ours: DecoderConfig, theirs: DecoderConfig) -> tuple[str, ...]:

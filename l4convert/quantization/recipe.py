@@ -2,7 +2,8 @@
 
 A recipe is a TOML file with ``name``, ``description`` and ``[[rule]]`` tables. A rule has a ``pattern`` (shell-style,
 on canonical tensor names; ``*`` also matches dots), a ``scheme`` and that scheme's options. The first rule that matches
-decides; a tensor that no rule matches is left alone.
+decides; a tensor that no rule matches is left alone. A ``[kv_cache]`` table says how keys and values are stored:
+``dtype`` and, where they differ from the defaults, ``granularity`` and ``layers`` (:mod:`l4convert.quantization.kv`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any, Literal, cast
 
 from l4convert.errors import InputError, UsageError
 from l4convert.quantization.int4 import BLOCK_SIZES, SCALE_RULES
+from l4convert.quantization.kv import KvScheme, kv_scheme
 
-_RECIPE_KEYS = ("name", "description", "rule")
+_RECIPE_KEYS = ("name", "description", "rule", "kv_cache")
 
 # Scheme -> option -> values it may have in a file.
 _OPTIONS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
@@ -78,11 +80,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules in the order in which they are tried."""
+    """Rules in the order in which they are tried, and how the key/value caches are stored.
+
+    Attributes:
+        kv_cache: None: in the type that the graph computes in.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     description: str = ""
+    kv_cache: KvScheme | None = None
 
     def rule_for(self, tensor_name: str) -> Rule | None:
         """The first rule that matches."""
@@ -96,7 +103,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """For the manifest; :func:`parse_recipe` reads it back."""
         rules = [{"pattern": rule.pattern, **rule.scheme.to_dict()} for rule in self.rules]
-        return {"name": self.name, "description": self.description, "rule": rules}
+        kv_cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.to_dict()}
+        return {"name": self.name, "description": self.description, "rule": rules, **kv_cache}
 
 
 def bundled_recipes() -> tuple[str, ...]:
@@ -124,6 +132,39 @@ def load_recipe(name_or_path: str, block_size: int | None = None, usual_block_si
     return recipe if block_size is None else _with_block_size(recipe, block_size)
 
 
+def with_kv_cache(
+    recipe: Recipe, dtype: str | None = None, granularity: str | None = None, layers: str | None = None
+) -> Recipe:
+    """The recipe with other words in its ``[kv_cache]`` table.
+
+    Args:
+        recipe: To start from.
+        dtype: Its granularity becomes the usual one where the dtype changes and ``granularity`` is not given; "none":
+            caches that are not quantized; None, here and below: as the recipe says.
+        granularity: Of the scales.
+        layers: Which layers.
+
+    Raises:
+        UsageError: An unknown word; or a granularity or layers of caches that are not quantized.
+    """
+    given = recipe.kv_cache
+    dtype = dtype or (given.dtype if given else "none")
+    if dtype == "none":
+        if granularity or layers:
+            raise UsageError(
+                "--kv-granularity and --kv-layers say how caches are quantized, and they are not",
+                "give --kv-dtype fp8, int8 or int4",
+            )
+        return replace(recipe, kv_cache=None)
+    if given is not None:
+        granularity = granularity or (given.granularity if given.dtype == dtype else None)
+        layers = layers or given.layers
+    try:
+        return replace(recipe, kv_cache=kv_scheme(dtype, granularity, layers))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """Check a recipe's data and build it.
 
@@ -136,12 +177,13 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """
     _reject_unknown(data, _RECIPE_KEYS, where)
     name = _text(data, "name", where)
-    description = _text(data, "description", where) if "description" in data else ""
+    description = _text(data, "description", where) if data.get("description", "") != "" else ""
     rules = data.get("rule", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise InputError(f"{where}: 'rule' must be a list of tables", "write each rule under a [[rule]] heading")
     parsed = tuple(_parse_rule(rule, f"{where}: rule {index}") for index, rule in enumerate(rules, start=1))
-    return Recipe(name, parsed, description)
+    kv_cache = _parse_kv_cache(data["kv_cache"], f"{where}: kv_cache") if "kv_cache" in data else None
+    return Recipe(name, parsed, description, kv_cache)
 
 
 def unused_rules(recipe: Recipe, names: Iterable[str]) -> tuple[Rule, ...]:
@@ -194,6 +236,17 @@ def _parse_rule(rule: Mapping[str, Any], where: str) -> Rule:
     if "activations" in fields:
         fields["activations"] = fields["activations"] == "dynamic"
     return Rule(pattern, Scheme(cast("Literal['none', 'int4', 'fp8']", kind), **fields))
+
+
+def _parse_kv_cache(table: Any, where: str) -> KvScheme:
+    if not isinstance(table, dict):
+        raise InputError(f"{where} must be a table", "write its keys under a [kv_cache] heading")
+    _reject_unknown(table, ("dtype", "granularity", "layers"), where)
+    given = {key: _text(table, key, where) for key in ("dtype", *(table.keys() - {"dtype"}))}
+    try:
+        return kv_scheme(**given)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _reject_unknown(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:

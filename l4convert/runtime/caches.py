@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.runtime.cache_elements import CacheElements
 from l4convert.runtime.manifest import KvCache
 from l4convert.runtime.ort_values import as_float32, copy_to, ort_value, repeated, without_last
 from l4convert.runtime.runner import FloatArray, IntArray
@@ -101,18 +102,18 @@ class CacheRoom:
 
     Attributes:
         batch: Sequences; ``max_length``: the most slots of one, in the static form.
-        dtype: Of the elements.
+        elements: Of each cache, by the name of its input.
         device: ``cpu`` or ``cuda``, the provider's memory.
     """
 
     batch: int
     max_length: int
-    dtype: np.dtype[Any]
+    elements: Mapping[str, CacheElements]
     device: str = "cpu"
 
-    def zeros(self, names: CacheNames, slots: int) -> Any:
+    def zeros(self, names: CacheNames, name: str, slots: int) -> Any:
         """A cache of so many slots, as an ``OrtValue`` on the device."""
-        host = ort_value(np.zeros((self.batch, names.heads, slots, names.head_dim), self.dtype))
+        host = ort_value(self.elements[name].zeros(self.batch, names.heads, slots))
         return host if self.device == "cpu" else copy_to(host, self.device)
 
     def filled(self, names: CacheNames, name: str, slots: int, source: CacheSource) -> Any:
@@ -121,10 +122,13 @@ class CacheRoom:
         Raises:
             ValueError: The source gives an array of another shape or type, or one that is not contiguous.
         """
-        shape = (self.batch, names.heads, slots, names.head_dim)
-        array = source(name, shape, self.dtype)
-        if array.shape != shape or array.dtype != self.dtype or not array.flags.c_contiguous:
-            raise ValueError(f"cache {name} is {array.dtype} {array.shape}, expected contiguous {self.dtype} {shape}")
+        elements = self.elements[name]
+        shape = (self.batch, names.heads, slots, elements.width)
+        array = source(name, shape, elements.dtype)
+        if array.shape != shape or array.dtype != elements.dtype or not array.flags.c_contiguous:
+            raise ValueError(
+                f"cache {name} is {array.dtype} {array.shape}, expected contiguous {elements.dtype} {shape}"
+            )
         host = ort_value(array)
         return host if self.device == "cpu" else copy_to(host, self.device)
 
@@ -136,7 +140,7 @@ class FedBackCache:
         self._session = session
         self._names = names
         self._room = room
-        self._past = list(values) if values else [room.zeros(names, 0)] * len(names.past)
+        self._past = list(values) if values else [room.zeros(names, name, 0) for name in names.past]
 
     def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
         """Run once; the caches stay in ONNX Runtime's memory and are never copied to numpy."""
@@ -183,7 +187,8 @@ class StaticCache:
         self._binding = session.io_binding()
         self._binding.bind_output("logits", "cpu")  # first, so that it is the first of get_outputs()
         # Zeros, because unused slots are masked by adding to their scores, and garbage may be NaN.
-        self._buffers = list(values) if values else [room.zeros(names, slots) for slots in static_slots(names, room)]
+        sizes = zip(names.past, static_slots(names, room), strict=True)
+        self._buffers = list(values) if values else [room.zeros(names, name, slots) for name, slots in sizes]
         for past, present, buffer in zip(names.past, names.present, self._buffers, strict=True):
             self._binding.bind_ortvalue_input(past, buffer)
             self._binding.bind_ortvalue_output(present, buffer)

@@ -12,12 +12,19 @@ from typing import Any
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.text import parse_object, read_bytes
+from l4convert.quantization.kv import KvScheme
 from l4convert.runtime.genai_config import GENAI_KV_CACHES, genai_config
 
 MAX_BYTES = 64 << 20  # a tokenizer_config.json with a vocabulary of added tokens is a few megabytes
 
 
-def client_files(config: DecoderConfig, kv_cache: str, sidecars: Sequence[Path], target: str = "cpu") -> dict[str, str]:
+def client_files(
+    config: DecoderConfig,
+    kv_cache: str,
+    sidecars: Sequence[Path],
+    target: str = "cpu",
+    scheme: KvScheme | None = None,
+) -> dict[str, str]:
     """File name to content of every file that is written rather than copied.
 
     Args:
@@ -25,6 +32,7 @@ def client_files(config: DecoderConfig, kv_cache: str, sidecars: Sequence[Path],
         kv_cache: The form of its cache.
         sidecars: The checkpoint's own files, some of which are rewritten.
         target: What the graph was lowered to.
+        scheme: How its caches are quantized.
 
     Raises:
         InputError: One of them is not a JSON object.
@@ -35,7 +43,8 @@ def client_files(config: DecoderConfig, kv_cache: str, sidecars: Sequence[Path],
     rewritten = {name: REWRITES[name](content) for name, content in given.items()}
     files = {name: content for name, content in rewritten.items() if content != given[name]}
     if kv_cache in GENAI_KV_CACHES:
-        files["genai_config.json"] = genai_config(config, kv_cache, given.get("generation_config.json"), target)
+        generation = given.get("generation_config.json")
+        files["genai_config.json"] = genai_config(config, kv_cache, generation, target, scheme)
     return {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in files.items()}
 
 

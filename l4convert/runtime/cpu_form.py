@@ -115,7 +115,7 @@ class _Widening:
     def round_outputs(self, graph: ir.Graph, node: ir.Node) -> list[ir.Value]:
         rounded = []
         # Of several results the first is a number of the type; attention's others are its caches.
-        for value in node.outputs if node.op_type == "GroupQueryAttention" else node.outputs[:1]:
+        for value in node.outputs if _gives_float_caches(node) else node.outputs[:1]:
             name, shape = value.name, value.shape
             cast = _cast(value, ir.DataType.BFLOAT16, f"{name}/rounded")
             result = cast.outputs[0]
@@ -138,6 +138,10 @@ def _is_narrow(node: ir.Node, narrow: set[ir.Value]) -> bool:
     if node.op_type in _OTHER_TYPE and node.domain == "":
         return False
     return any(value in narrow for value in node.inputs if value is not None)
+
+
+def _gives_float_caches(node: ir.Node) -> bool:
+    return node.op_type == "GroupQueryAttention" and node.attributes.get_string("k_quant_type", "NONE") == "NONE"
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:

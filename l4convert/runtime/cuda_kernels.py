@@ -6,18 +6,23 @@ import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
 
-_QUERY, _KEY = 0, 1
+_QUERY, _KEY, _PAST = 0, 1, 3
 _WEIGHTS = (14, 15)  # q_norm_weight and k_norm_weight in the op's schema
 _EPSILON = "qk_norm_epsilon"
 
 
 def has_cuda_kernels(model: ir.Model) -> bool:
     """Whether the CPU provider would refuse a node of a graph, or of a branch or loop in it, for that reason."""
-    return any(_norms(n) or _has_fp8_weight(n) for n in ir.traversal.RecursiveGraphIterator(model.graph))
+    return any(
+        _norms(n) or _has_fp8_weight(n) or _has_fp8_cache(n) for n in ir.traversal.RecursiveGraphIterator(model.graph)
+    )
 
 
 def replace_cuda_kernels(model: ir.Model) -> None:
     """Rewrite those nodes in place."""
+    for node in list(model.graph):
+        if node.op_type == "If" and any(map(_has_fp8_cache, node.attributes["then_branch"].as_graph())):
+            _take_the_other_branch(node)
     for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         if _norms(node):
             _norm_in_front(node)
@@ -33,6 +38,29 @@ def _norms(node: ir.Node) -> bool:
 
 def _has_fp8_weight(node: ir.Node) -> bool:
     return node.op_type == "MatMulBlockQuantizedFp8Weight"
+
+
+def _has_fp8_cache(node: ir.Node) -> bool:
+    if node.op_type != "GroupQueryAttention" or (cache := node.inputs[_PAST]) is None:
+        return False
+    while (producer := cache.producer()) is not None and producer.op_type == "Reshape":
+        cache = _given(producer, 0)
+    return cache.dtype == ir.DataType.FLOAT8E4M3FN
+
+
+def _take_the_other_branch(node: ir.Node) -> None:
+    """The kernel stands behind an If (docs/adr/0004); the other branch is the definition, and does every call."""
+    branch, graph = node.attributes["else_branch"].as_graph(), node.graph
+    assert graph is not None  # as above
+    results, nodes = list(branch.outputs), list(branch)
+    branch.outputs.clear()
+    branch.remove(nodes)
+    graph.insert_before(node, nodes)
+    for old, new in zip(node.outputs, results, strict=True):
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        old.name = f"{old.name}/replaced"
+    ir.convenience.replace_all_uses_with(node.outputs, results, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _norm_in_front(node: ir.Node) -> None:

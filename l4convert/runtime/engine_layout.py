@@ -12,6 +12,7 @@ import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import InputError
+from l4convert.quantization.kv import KV_FORMATS
 from l4convert.runtime.caches import CacheNames
 from l4convert.runtime.device import Shape
 from l4convert.runtime.engines import Engine, EngineFile, Profile, Tensor
@@ -29,6 +30,12 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "int32": np.dtype(np.int32),
 }
 """Element types that an engine's inputs and outputs may have, by their names in the manifest."""
+QUANTIZED: Mapping[str, np.dtype[Any]] = {
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+}
+"""Those that caches may have besides; bytes are pairs of INT4 codes."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def plan_layout(engine: Engine, config: DecoderConfig) -> Layout:
         for tensor in (*plan.inputs.values(), *plan.outputs.values()):
             shape = concrete(tensor, engine.max_batch, tokens, engine.max_context)
             where = caches if binding[tensor.name] in names.past else sizes
-            where[binding[tensor.name]] = prod(shape) * DTYPES[tensor.dtype].itemsize
+            where[binding[tensor.name]] = prod(shape) * {**DTYPES, **QUANTIZED}[tensor.dtype].itemsize
         bindings.append(binding)
     return Layout(sizes, caches, tuple(bindings))
 
@@ -125,14 +132,16 @@ def _check_tensors(
 
 
 def _tensor_problems(tensor: Tensor, own: Mapping[str, str], names: CacheNames, config: DecoderConfig) -> Iterator[str]:
-    if tensor.dtype not in DTYPES:
-        yield f"is of type {tensor.dtype}, expected one of {', '.join(DTYPES)}"
+    known = (*DTYPES, *QUANTIZED) if tensor.name in own else tuple(DTYPES)
+    if tensor.dtype not in known:
+        yield f"is of type {tensor.dtype}, expected one of {', '.join(known)}"
     ranks = {IDS: 2, MASK: 2, LOGITS: 3, HIDDEN: 3, NEXT: 3}
     if len(tensor.shape) != ranks.get(tensor.name, 4):
         yield f"has shape {list(tensor.shape)}"
     elif tensor.name in own:
         _, heads, slots, width = tensor.shape
-        if (heads, width) != (names.heads, names.head_dim) or slots < 1:
-            yield f"has shape {list(tensor.shape)}, expected {names.heads} heads of {names.head_dim} in fixed slots"
+        expected = names.head_dim // (KV_FORMATS["int4"].packing if tensor.dtype == "uint8" else 1)
+        if (heads, width) != (names.heads, expected) or slots < 1:
+            yield f"has shape {list(tensor.shape)}, expected {names.heads} heads of {expected} in fixed slots"
     elif tensor.name == LOGITS and tensor.shape[2] != config.vocab_size:
         yield f"has shape {list(tensor.shape)}, the vocabulary has {config.vocab_size} tokens"

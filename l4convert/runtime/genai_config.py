@@ -20,7 +20,8 @@ from typing import Any
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import UsageError
-from l4convert.runtime.session import SETTINGS
+from l4convert.quantization.kv import KvScheme
+from l4convert.runtime.loading import SETTINGS
 
 GENAI_KV_CACHES = ("growing", "static")
 """Caches that ONNX Runtime GenAI can drive; a windowed one it cannot, as it sizes every layer's ``present`` alike."""
@@ -37,6 +38,7 @@ def genai_config(
     kv_cache: str,
     generation_config: Mapping[str, Any] | None = None,
     target: str = "cpu",
+    scheme: KvScheme | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``genai_config.json`` for an artifact.
 
@@ -50,6 +52,8 @@ def genai_config(
         kv_cache: ``growing`` or ``static``, as the graph was built.
         generation_config: The checkpoint's ``generation_config.json``; its token ids win over the decoder's.
         target: What the graph was lowered to, which says where GenAI runs it.
+        scheme: How the caches are quantized. GenAI takes FP8 and INT8 ones as it takes floats. It allocates growing
+            ones by ``head_size``, of which INT4 ones have half; where only some layers have them, it cannot.
 
     Raises:
         UsageError: The cache is one that GenAI cannot drive.
@@ -61,6 +65,8 @@ def genai_config(
     given = generation_config or {}
     static = kv_cache == "static"
     decoder = _decoder(config, PROVIDER_OPTIONS.get(target, []))
+    if scheme is not None and not static:
+        decoder["head_size"] //= scheme.format.packing
     if static:
         decoder |= _chunked_layer_buffers(config)
     return {

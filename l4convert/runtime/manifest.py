@@ -12,6 +12,7 @@ from l4convert.checkpoint.config import DecoderConfig, LayerConfig, RopeScaling
 from l4convert.emit.manifest import read_manifest
 from l4convert.emit.staging import MANIFEST_FILE
 from l4convert.errors import InputError
+from l4convert.quantization.kv import KvScheme, kv_scheme
 
 KvCache = Literal["growing", "static", "windowed"]
 
@@ -23,7 +24,8 @@ class ArtifactInfo:
     Attributes:
         path: The artifact's folder.
         recipe: Name of the quantization recipe; ``schemes``: those that its rules name; ``target``: of the lowering.
-        compute: The type of activations and caches.
+        compute: The type of activations, and of caches that are not quantized.
+        kv_scheme: How the caches are quantized; None: they are not.
         calls: "in_place" where calls must be cut and packed (l4convert/runtime/calls.py), else "any".
     """
 
@@ -35,6 +37,7 @@ class ArtifactInfo:
     config: DecoderConfig
     compute: str
     calls: str
+    kv_scheme: KvScheme | None = None
 
 
 def read_artifact(path: Path) -> ArtifactInfo:
@@ -48,14 +51,14 @@ def read_artifact(path: Path) -> ArtifactInfo:
     try:
         kv_cache, recipe, target = (_name(manifest[key]) for key in ("kv_cache", "recipe", "target"))
         config = config_from_json(manifest["config"])
-        schemes = _schemes(manifest["recipe"])
+        schemes, kv_scheme = _schemes(manifest["recipe"]), _kv_scheme(manifest["recipe"])
         # Artifacts of earlier versions do not say: they compute in float32 and take any call.
         compute, calls = _name(manifest.get("compute", "float32")), _name(manifest.get("calls", "any"))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: damaged manifest: {error!r}", "Convert the checkpoint again.") from error
     if kv_cache not in get_args(KvCache):
         raise InputError(f"{file}: kv_cache is {kv_cache!r}, expected one of {', '.join(get_args(KvCache))}")
-    return ArtifactInfo(path, cast("KvCache", kv_cache), recipe, schemes, target, config, compute, calls)
+    return ArtifactInfo(path, cast("KvCache", kv_cache), recipe, schemes, target, config, compute, calls, kv_scheme)
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
@@ -103,6 +106,11 @@ def _name(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a name, not {value!r}")
     return value
+
+
+def _kv_scheme(recipe: Any) -> KvScheme | None:
+    given = recipe.get("kv_cache") if isinstance(recipe, dict) else None
+    return None if given is None else kv_scheme(_name(given["dtype"]), given.get("granularity"), given.get("layers"))
 
 
 def _schemes(recipe: Any) -> frozenset[str]:

@@ -2,14 +2,20 @@
 
 Inputs (B sequences, S new tokens, T tokens seen by the attention mask, D = head_dim, Hq and Hk heads):
     query [B,S,Hq*D], key and value [B,S,Hk*D]: projections, not yet rotated.
-    past_key, past_value [B,Hk,P,D]: the cache before the call, in the form ``spec.kv_cache``.
+    past_key, past_value [B,Hk,P,D]: the cache before the call, in the form ``spec.kv_cache``; of the type that
+        ``spec.kv_dtype`` is stored in, where it is quantized (INT4: [B,Hk,P,D/2]).
     positions [B,T] int64: each token's position in its sequence, counted from 0; -1 is padding. The last S are new.
     cos, sin [rows, D/2]: rotary tables, float32; RoPE layers only.
-Outputs: attention [B,S,Hq*D], present_key, present_value [B,Hk,P',D].
-All but positions and tables are of the type ``spec.compute``; rotation, norm and temperature are float32 inside.
+    key_scale, value_scale [1,Hk,1,D]: of the cache's elements, float32; quantized caches only.
+Outputs: attention [B,S,Hq*D], present_key, present_value as the past, [B,Hk,P',D].
+All but positions, tables, scales and quantized caches are of the type ``spec.compute``; rotation, norm and temperature
+are float32 inside.
 
 Query position p sees key position k when k <= p and, in a chunked layer, floor(k/C) == floor(p/C). In a chunked layer
 ``p mod C`` stands for p in the rotation: a score depends on the difference of two positions of one chunk only.
+
+With a quantized cache new keys and values are quantized first, and attention reads them, like all others, as the cache
+has them: what a token is given does not depend on how the text was split into calls.
 """
 
 from __future__ import annotations
@@ -22,7 +28,8 @@ import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import ComputeType, from_float32, to_float32
-from l4convert.plugins.long_context_attention import kv_cache
+from l4convert.plugins.long_context_attention import kv_cache, quantized
+from l4convert.quantization.kv import KvDtype
 
 DOMAIN = "l4convert"
 OP_TYPE = "LongContextAttention"
@@ -40,7 +47,8 @@ class AttentionSpec:
         qk_norm_eps: Epsilon of the weightless RMS norm over D, or 0 for none.
         floor_scale, attn_scale: Temperature tuning of the query; attn_scale 0 for none.
         kv_cache: The form of the cache (DESIGN section 5).
-        compute: The type of query, key, value, caches and output.
+        compute: The type of query, key, value and output, and of caches that are not quantized.
+        kv_dtype: How the elements of a quantized cache are stored.
     """
 
     num_heads: int
@@ -53,12 +61,13 @@ class AttentionSpec:
     attn_scale: float
     kv_cache: KvCache
     compute: ComputeType = "float32"
+    kv_dtype: KvDtype | Literal["none"] = "none"
 
     @property
     def overload(self) -> str:
         """Names the function among the variants of the op; layers of one kind share one function."""
         reach = f"chunked{self.chunk_size}" if self.chunk_size else "global"
-        narrow = [] if self.compute == "float32" else [self.compute]
+        narrow = [x for x in (self.compute, self.kv_dtype) if x not in ("float32", "none")]
         return "_".join([reach, "rope" if self.rope else "nope", self.kv_cache, *narrow])
 
     @property
@@ -68,7 +77,7 @@ class AttentionSpec:
 
 
 class Inputs(NamedTuple):
-    """The op's inputs in order; ``cos`` and ``sin`` are None on layers without RoPE."""
+    """The op's inputs in order; the tables are None on layers without RoPE, the scales where caches are of floats."""
 
     query: ir.Value
     key: ir.Value
@@ -78,6 +87,15 @@ class Inputs(NamedTuple):
     positions: ir.Value
     cos: ir.Value | None
     sin: ir.Value | None
+    key_scale: ir.Value | None = None
+    value_scale: ir.Value | None = None
+
+
+def input_names(spec: AttentionSpec) -> tuple[str, ...]:
+    """Fields of :class:`Inputs` that a call with these attributes has, in order."""
+    given = {"cos": spec.rope, "sin": spec.rope}
+    given |= dict.fromkeys(("key_scale", "value_scale"), spec.kv_dtype != "none")
+    return tuple(name for name in Inputs._fields if given.get(name, True))
 
 
 class Heads(NamedTuple):
@@ -95,7 +113,8 @@ def build(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ir
     new_key = b.op("Transpose", heads.key, perm=[0, 2, 1, 3])
     new_value = b.op("Transpose", heads.value, perm=[0, 2, 1, 3])
     step = kv_cache.Step(new_key, new_value, heads.positions, inputs.past_key, inputs.past_value, inputs.positions)
-    cache = kv_cache.FORMS[spec.kv_cache](b, spec.chunk_size, step)
+    join = _plain if spec.kv_dtype == "none" else _quantized
+    cache = join(b, spec, step, inputs)
     mask = visibility(b, spec, heads.positions, cache.positions)
     query = b.op("Transpose", heads.query, perm=[0, 2, 1, 3])
     attention = b.op(
@@ -103,6 +122,34 @@ def build(b: Builder, spec: AttentionSpec, inputs: Inputs) -> tuple[ir.Value, ir
     )
     merged = b.reshape(b.op("Transpose", attention, perm=[0, 2, 1, 3]), [0, 0, -1])
     return merged, cache.present_key, cache.present_value
+
+
+def _plain(b: Builder, spec: AttentionSpec, step: kv_cache.Step, inputs: Inputs) -> kv_cache.Cache:
+    """Join past and new tokens in the form of the cache."""
+    return kv_cache.FORMS[spec.kv_cache](b, spec.chunk_size, step)
+
+
+def _quantized(b: Builder, spec: AttentionSpec, step: kv_cache.Step, inputs: Inputs) -> kv_cache.Cache:
+    """The same in codes; what is attended to is dequantized after it was joined, and cut, as codes."""
+    assert spec.kv_dtype != "none"
+    dtype, scales = spec.kv_dtype, (_given(inputs.key_scale), _given(inputs.value_scale))
+    key, value = (
+        quantized.quantize(b, dtype, to_float32(b, x, spec.compute), scale, spec.head_dim)
+        for x, scale in zip((step.key, step.value), scales, strict=True)
+    )
+    past_key, past_value = (quantized.join_form(b, dtype, x) for x in (step.past_key, step.past_value))
+    cache = _plain(b, spec, step._replace(key=key, value=value, past_key=past_key, past_value=past_value), inputs)
+    seen_key, seen_value = (
+        from_float32(b, quantized.dequantize(b, dtype, x, scale, spec.head_dim), spec.compute)
+        for x, scale in zip((cache.key, cache.value), scales, strict=True)
+    )
+    present_key, present_value = (quantized.store_form(b, dtype, x) for x in (cache.present_key, cache.present_value))
+    return kv_cache.Cache(seen_key, seen_value, cache.positions, present_key, present_value)
+
+
+def _given(scale: ir.Value | None) -> ir.Value:
+    assert scale is not None  # a quantized cache has it
+    return scale
 
 
 def prepare_heads(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Heads:

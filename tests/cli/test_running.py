@@ -107,6 +107,24 @@ def test_validate_with_an_engine(
     assert any("Padded batches were not compared" in note for note in report["notes"]) == (rows == 4)
 
 
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_window_too_long_for_one_call_with_an_engine(
+    checkpoint: Path, artifact: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has one stream at a time, so the other splits are those of the beginning."""
+    copied = Path(shutil.copytree(artifact, tmp_path / "scout"))
+    _forget_engines(copied)
+    add_engines(copied)
+    monkeypatch.setattr("l4convert.parity.steps.AT_ONCE", 25 * 512)
+    command = ["validate", str(copied), "--reference", str(checkpoint), "--tokens", "120", "--window", "48", "--json"]
+    assert cli.run([*command, "--engine", "rtx-4090", "--exact-angles"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in report["rows"]][:2] == ["steps", "odd splits"]
+    assert [row["reference"]["tokens"] for row in report["rows"][:2]] == [120, 25]
+    assert "angles in float64" in report["reference"]
+    assert any("one stream at a time" in note for note in report["notes"])
+
+
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("options", [["--engine", "rtx-4090"], ["--provider", "cuda"]])
 def test_without_a_gpu_the_exit_code_is_5(artifact: Path, options: list[str], capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import textwrap
 from collections.abc import Sequence
@@ -35,9 +36,14 @@ class Case:
     pad: int
 
 
-def make_case(checkpoint: Path, artifact: Path, *, recipe: str, kv_cache: str) -> Case:
-    """Convert a checkpoint for the target ``cpu`` and generate from the result."""
-    convert(ConvertOptions(checkpoint, artifact, target="cpu", recipe=recipe, kv_cache=kv_cache))
+def make_case(checkpoint: Path, artifact: Path, *, recipe: str, kv_cache: str, kv_dtype: str | None = None) -> Case:
+    """Convert a checkpoint for the target ``cpu``, perhaps with quantized caches, and generate from the result."""
+    options = ConvertOptions(checkpoint, artifact, target="cpu", recipe=recipe, kv_cache=kv_cache)
+    if kv_dtype is not None:
+        text = artifact.parent / "calibration.txt"
+        text.write_text(TEXT)
+        options = dataclasses.replace(options, kv_dtype=kv_dtype, calibration=text)
+    convert(options)
     ids = TextTokenizer.open(artifact).encode(TEXT, special=False)
     with OrtSession.open(artifact) as session:
         config = session.config

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from l4convert.runtime import TextTokenizer
-from tests.interop.artifacts import NEW_TOKENS, TEXT, crosses_chunk, reference_shortfall
+from tests.interop.artifacts import NEW_TOKENS, TEXT, crosses_chunk, make_case, reference_shortfall
 from tests.interop.conftest import MakeCase
 from tests.interop.environments import run_client
 
@@ -31,6 +32,21 @@ def test_greedy_text_is_ours(case: MakeCase, recipe: str, kv_cache: str) -> None
     tokenizer = TextTokenizer.open(made.artifact)
     assert answer["prompt"] == tokenizer.encode(TEXT, special=False)
     assert answer["texts"][0][0] == tokenizer.decode(made.greedy[0])
+
+
+@pytest.mark.parametrize(("kv_dtype", "kv_cache"), [("int8", "static"), ("int4", "growing")])
+def test_quantized_caches(nano: Path, tmp_path: Path, kv_dtype: str, kv_cache: str) -> None:
+    """They are tensors of another type to a client; INT4 ones of another width."""
+    made = make_case(nano, tmp_path / "artifact", recipe="none", kv_cache=kv_cache, kv_dtype=kv_dtype)
+    request = {
+        "model": str(made.artifact),
+        "text": "",
+        "batches": [[prompt] for prompt in made.prompts],
+        "new_tokens": NEW_TOKENS,
+        "pad": made.pad,
+    }
+    answer = run_client("genai", request)
+    assert [rows[0] for rows in answer["outputs"]] == made.greedy
 
 
 def test_prompt_in_pieces(case: MakeCase) -> None:

@@ -42,12 +42,27 @@ class Fake:
     def start(self, batch: int) -> FakeStream:
         return FakeStream(self, batch)
 
+    def stream(self) -> FakeText:
+        return FakeText(self)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class FakeText:
+    """A text that the fake is fed as a reference; it computes it anew at each step."""
+
+    def __init__(self, fake: Fake) -> None:
+        self._fake = fake
+        self._ids = np.zeros(0, np.int64)
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        self._ids = np.concatenate([self._ids, ids])
+        return self._fake.logits(self._ids)[-len(ids) :]
 
 
 class FakeStream:

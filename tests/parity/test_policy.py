@@ -8,6 +8,7 @@ import pytest
 from l4convert.errors import InputError
 from l4convert.parity.metrics import Metrics
 from l4convert.parity.policy import ELEMENTWISE, Thresholds, default_policy, load_policy, parse_policy
+from l4convert.quantization.kv import KvDtype, KvScheme
 
 GOOD = Metrics(
     tokens=3000, scored=2997, non_finite=0, non_finite_reference=0, max_abs_logit=0.0, max_rel_logit=0.0, mean_kl=0.0,
@@ -125,10 +126,47 @@ def test_16_bits_have_limits_of_their_own_that_a_wrong_layer_breaks(recipe: str,
     assert policy.drift.broken_by(wrong)
 
 
+CACHES = (
+    HEAD
+    + "[target.cpu.reference]\nmin_top1 = 0.5\n[kv.int4-head.reference]\np99_kl = 3\n[kv.int4.reference]\np99_kl = 2\n"
+    + "mean_kl = 0.4\n[compute.bfloat16.reference]\nmean_kl = 0.2\n[reference]\nmean_kl = 0.1\np99_kl = 1\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("kv", "expected"),
+    [
+        (None, (0.2, 1, 0.5)),
+        (KvScheme("fp8"), (0.2, 1, 0.5)),
+        (KvScheme("int4", "channel"), (0.4, 2, 0.5)),
+        (KvScheme("int4", "head", "global"), (0.4, 3, 0.5)),
+    ],
+)
+def test_quantized_caches_override_between_the_two(kv: KvScheme | None, expected: tuple[float, ...]) -> None:
+    reference = parse_policy(CACHES, "cpu", "bfloat16", kv, name="p", where="p").reference
+    assert (reference.mean_kl, reference.p99_kl, reference.min_top1) == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["none", "int4", "fp8", "fp8-experts"])
+def test_quantized_caches_have_limits_that_are_never_stricter(recipe: str, dtype: KvDtype) -> None:
+    for compute in ("float32", "bfloat16", "float16"):
+        plain = default_policy(recipe, (), "portable", compute)
+        policy = default_policy(recipe, (), "portable", compute, KvScheme(dtype))
+        assert policy != plain or compute != "float32"
+        assert (policy.reference.mean_kl or 0) >= (plain.reference.mean_kl or 0)
+        assert (policy.reference.min_top1 or 0) <= (plain.reference.min_top1 or 0)
+        assert (policy.drift.mean_kl or 0) >= (plain.drift.mean_kl or 0)
+        wrong = dataclasses.replace(GOOD, mean_kl=0.5, p99_kl=3.0, top1=0.7, ppl_artifact=20.0, max_rel_logit=1.5)
+        assert len(policy.reference.broken_by(wrong)) >= 3
+        assert policy.drift.broken_by(wrong)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "schema"),
+        (HEAD + "[reference]\nmean_kl = 1\n[kv]\nint8 = 1", r"\[kv\.NAME\.reference\]"),
         ('schema = "l4convert.policy/2"\n[reference]\nmean_kl = 1', "schema"),
         ("[reference", "not TOML"),
         (HEAD, "limits nothing"),

@@ -49,6 +49,42 @@ def test_a_stream_gives_each_row_what_it_gets_alone(scout_layout: Path, expected
     np.testing.assert_allclose(np.concatenate([first[1, 2:], second[1, :1]]), expected[:4], atol=1e-5)
 
 
+# 30 tokens are four chunks of 8: steps that end at boundaries, that cross one or several, and single tokens around.
+STEPS = ([8, 8, 8, 6], [16, 14], [1, 3, 5, 2, 11, 8], [7, 1, 1, 6, 1, 1, 1, 12], [1] * 30, [30], [29, 1])
+
+
+@pytest.mark.parametrize("layout", ["scout_layout", "maverick_layout"])
+@pytest.mark.parametrize("sizes", STEPS, ids=str)
+def test_steps_with_a_cache_give_what_one_eager_pass_gives(
+    sizes: list[int], layout: str, request: pytest.FixtureRequest
+) -> None:
+    with TransformersReference(request.getfixturevalue(layout)) as reference:
+        stream, parts = reference.stream(), np.split(IDS, np.cumsum(sizes)[:-1])
+        stepped = [stream.step(part) for part in parts]
+        at_once = reference.logits(IDS)  # eager again, in between and without a trace
+        np.testing.assert_allclose(np.concatenate(stepped), at_once, atol=2e-6 * np.abs(at_once).max())
+
+
+def test_chunked_layers_of_a_stream_keep_less_than_a_chunk(scout_layout: Path) -> None:
+    with TransformersReference(scout_layout) as reference:
+        stream = reference.stream()
+        for part in np.split(IDS, 6):
+            stream.step(part)
+        assert [layer.keys.shape[2] for layer in stream._cache.layers] == [7, 7, 7, 30]
+
+
+def test_exact_angles_do_not_drift_with_the_position(scout_layout: Path, expected: np.ndarray) -> None:
+    far = 4_000_000  # a multiple of the chunk size, 8
+    own, exact = (TransformersReference(scout_layout, exact_angles=choice) for choice in (False, True))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(exact.logits(IDS), expected, atol=2e-6 * scale)
+    np.testing.assert_allclose(exact.shifted(IDS, far), expected, atol=2e-6 * scale)
+    np.testing.assert_array_equal(own.shifted(IDS, 0), own.logits(IDS))
+    assert np.abs(own.shifted(IDS, far) - expected).max() > 1e-4 * scale
+    assert "float64" in exact.name
+    assert "float64" not in own.name
+
+
 def test_nothing_is_printed(scout_layout: Path, capfd: pytest.CaptureFixture[str]) -> None:
     TransformersReference(scout_layout)
     assert capfd.readouterr() == ("", "")

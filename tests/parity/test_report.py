@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from l4convert.errors import InputError
+from l4convert.parity.by_length import LengthRow
 from l4convert.parity.metrics import Comparison
 from l4convert.parity.outcome import ParityReport, SplitRow, TextUsed, write_report
 from l4convert.parity.policy import default_policy
@@ -118,3 +119,17 @@ def test_html_is_one_escaped_page(tmp_path: Path) -> None:
         assert outside not in page
     assert "mean_kl is 9" in page
     assert page.count("<tr ") == 2
+
+
+BY_LENGTH = dataclasses.replace(PASSED, by_length=(LengthRow(0, 256, GOOD), LengthRow(256, 1000, GOOD)))
+
+
+def test_measures_by_context_length_are_shown_where_there_is_more_than_one_range(tmp_path: Path) -> None:
+    assert "256-999" in text_of(BY_LENGTH)
+    write_html(BY_LENGTH, tmp_path / "report.html")
+    assert "<td>256-999</td>" in (tmp_path / "report.html").read_text()
+    single = dataclasses.replace(PASSED, by_length=BY_LENGTH.by_length[:1])
+    assert "By context length" not in text_of(single)
+    write_html(single, tmp_path / "report.html")
+    assert "By context length" not in (tmp_path / "report.html").read_text()
+    assert [(row["from"], row["to"]) for row in single.to_json()["by_length"]] == [(0, 256)]

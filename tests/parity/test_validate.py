@@ -14,8 +14,9 @@ from l4convert.checkpoint import open_checkpoint
 from l4convert.emit import source_digests
 from l4convert.errors import InputError, UsageError
 from l4convert.parity import ParityReport, Policy, Thresholds, compare, default_policy, load_policy, validate
+from l4convert.parity.at_once import spread
 from l4convert.parity.outcome import TextUsed, write_report
-from l4convert.parity.validate import prepare_text, spread
+from l4convert.parity.validate import prepare_text
 from l4convert.progress import Task
 from l4convert.runtime import ArtifactInfo
 from tests.artifacts import KV_CACHES, write_canonical_artifact
@@ -153,6 +154,13 @@ def test_windows_that_cross_no_boundary_are_noted(info: ArtifactInfo) -> None:
     policy = Policy("any", Thresholds(), Thresholds())
     report = compare(Fake(), Fake(), [np.arange(8)], info=info, used=used, policy=policy)
     assert any("No chunk boundary was crossed" in note for note in report.notes)
+
+
+def test_a_text_shorter_than_a_window_is_noted(info: ArtifactInfo) -> None:
+    windows, used = prepare_text(info, None, tokens=30, window=1000)
+    policy = Policy("any", Thresholds(), Thresholds())
+    report = compare(Fake(), Fake(), windows, info=info, used=used, policy=policy)
+    assert "The longest window has 30 tokens, not 1000: there were no more." in report.notes
 
 
 def test_batch_rows_come_from_different_places() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from l4convert.errors import InputError, UsageError
-from l4convert.quantization.recipe import Rule, Scheme, bundled_recipes, load_recipe, parse_recipe, unused_rules
+from l4convert.quantization.kv import KvScheme
+from l4convert.quantization.recipe import Recipe, Rule, Scheme, bundled_recipes, load_recipe, parse_recipe, unused_rules
 
 LAYER = "model.layers.3."
 STACKED = (LAYER + "feed_forward.experts.gate_up_proj", LAYER + "feed_forward.experts.down_proj")
@@ -94,6 +95,25 @@ def test_dict_says_every_option() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("table", "scheme"),
+    [
+        ('dtype = "fp8"', KvScheme("fp8", "head", "all")),
+        ('dtype = "int8"', KvScheme("int8", "channel", "all")),
+        ('dtype = "int4"\nlayers = "global"', KvScheme("int4", "channel", "global")),
+        ('dtype = "fp8"\ngranularity = "channel"', KvScheme("fp8", "channel", "all")),
+    ],
+)
+def test_kv_cache_table(tmp_path: Path, table: str, scheme: KvScheme) -> None:
+    recipe = load_recipe(write(tmp_path, f'name = "mine"\n[kv_cache]\n{table}'))
+    assert recipe == Recipe("mine", (), "", scheme)
+    assert parse_recipe(json.loads(json.dumps(recipe.to_dict())), "manifest") == recipe
+
+
+def test_bundled_recipes_leave_caches_alone() -> None:
+    assert {load_recipe(name).kv_cache for name in bundled_recipes()} == {None}
+
+
 def test_block_size_replaces_that_of_every_int4_rule() -> None:
     recipe = load_recipe("int4", block_size=128)
     assert {rule.scheme for rule in recipe.rules} == {Scheme("int4", 128, "lse")}
@@ -150,6 +170,16 @@ RULE = '\n[[rule]]\npattern = "*"\n'
         ('name = "a"' + RULE + 'scheme = "int4"\nblock_size = 32.0', "rule 1: block_size = 32.0 is not possible"),
         ('name = "a"' + RULE + 'scheme = "int4"\nscale = true', "rule 1: scale = True is not possible"),
         ('name = "a"' + RULE + 'scheme = "fp8"\nactivations = true', "rule 1: activations = True is not possible"),
+        ('name = "a"\nkv_cache = "fp8"', "kv_cache must be a table"),
+        ('name = "a"\n[kv_cache]\nlayers = "all"', "kv_cache: no 'dtype'"),
+        (
+            'name = "a"\n[kv_cache]\ndtype = "fp16"',
+            "kv_cache: dtype 'fp16' is not possible; it is one of fp8, int8, int4",
+        ),
+        ('name = "a"\n[kv_cache]\ndtype = "fp8"\nlayers = "some"', "kv_cache: layers 'some' is not possible"),
+        ('name = "a"\n[kv_cache]\ndtype = "fp8"\nlayers = 3', "kv_cache: 'layers' must be a text"),
+        ('name = "a"\n[kv_cache]\ndtype = "fp8"\ngranularity = "token"', "kv_cache: granularity 'token'"),
+        ('name = "a"\n[kv_cache]\ndtype = "fp8"\nscale = 1', "kv_cache: unknown key 'scale'"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

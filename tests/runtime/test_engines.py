@@ -176,6 +176,7 @@ def test_the_layout_shares_what_can_be_shared(artifact: Path) -> None:
             ("past_key_values.3.key", "float32", [-1, 2, 48, 16]),
             "unexpected input past_key_values.3",
         ),
+        (0, "inputs", "past_key_values.0.key", ("past_key_values.0.key", "uint8", [-1, 2, 8, 16]), "2 heads of 8"),
         (0, "inputs", "input_ids", ("input_ids", "uint8", [-1, -1]), "tensor input_ids is of type uint8"),
         (0, "inputs", "input_ids", ("input_ids", "int64", [-1]), r"tensor input_ids has shape \[-1\]"),
         (1, "outputs", "logits", ("logits", "float32", [-1, -1, 99]), "the vocabulary has 128 tokens"),

@@ -10,6 +10,7 @@ import pytest
 
 from l4convert.checkpoint.config import LayerConfig
 from l4convert.errors import UsageError
+from l4convert.quantization.kv import kv_scheme
 from l4convert.runtime.genai_config import genai_config
 from tests import shapes
 
@@ -76,3 +77,15 @@ def test_sampling_defaults_are_carried_over() -> None:
     assert search["do_sample"] is True
     assert (search["temperature"], search["top_p"]) == (0.6, 0.9)
     assert search.keys() == {"max_length", "past_present_share_buffer", "do_sample", "temperature", "top_p"}
+
+
+def test_growing_caches_of_int4_have_half_the_head_size() -> None:
+    """GenAI allocates them by it; static ones have the widths that the graph says."""
+
+    def head_size(kv_cache: str, dtype: str) -> int:
+        made = genai_config(SCOUT, kv_cache, scheme=kv_scheme(dtype))
+        size: int = made["model"]["decoder"]["head_size"]
+        return size
+
+    assert [head_size("growing", dtype) for dtype in ("fp8", "int8", "int4")] == [128, 128, 64]
+    assert head_size("static", "int4") == 128

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
+from l4convert.checkpoint import open_checkpoint
 from l4convert.pipeline import ConvertOptions, convert
+from tests.caches import quantized
 from tests.checkpoints import write_random_checkpoint
 from tests.targets import cuda_stand_in
 
@@ -35,6 +38,16 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), head_dim=64)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
+def test_its_attention_takes_quantized_caches(checkpoint, stand_ins, tmp_path, dtype):
+    model = quantized(open_checkpoint(checkpoint), dtype, "static", "cuda", compute="bfloat16")
+    ir.save(model, tmp_path / "model.onnx", external_data="weights.bin")
+    placed = cuda_stand_in.placements(tmp_path / "model.onnx", stand_ins)
+    assert placed["CUDAExecutionProvider"]["GroupQueryAttention"] == 4
+    # Integers are gathered by the CPU; only the plain definition of a static cache does it.
+    assert placed["CPUExecutionProvider"].keys() - ON_CPU <= {"GatherND"}
 
 
 @pytest.mark.parametrize(

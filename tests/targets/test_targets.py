@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -12,6 +13,7 @@ from l4convert.checkpoint import open_checkpoint
 from l4convert.graph_passes import CANONICAL_PASSES, LOWERING_PASSES, PASSES
 from l4convert.quantization.recipe import bundled_recipes, load_recipe
 from l4convert.targets import TARGETS
+from tests.caches import quantized
 from tests.graphs import lowered
 
 KERNELS = {"GroupQueryAttention", "QMoE", "MoE", "MatMulNBits"}
@@ -20,12 +22,27 @@ KERNELS = {"GroupQueryAttention", "QMoE", "MoE", "MatMulNBits"}
 def test_passes_are_known_once_and_in_order():
     names = [row.name for row in PASSES]
     assert len(set(names)) == len(names)
-    assert names[: len(CANONICAL_PASSES)] == ["outline_attention", "fuse_experts", "quantize_weights"]
+    canonical = ["outline_attention", "fuse_experts", "quantize_weights", "quantize_kv_cache"]
+    assert names[: len(CANONICAL_PASSES)] == canonical
     order = [row.name for row in LOWERING_PASSES]
     for target in TARGETS.values():
         lowering = [row.name for row in target.lowering]
         assert lowering == sorted(lowering, key=order.index)
-    assert [row.name for row in PASSES if not row.exact] == ["quantize_weights", "store_compute_type"]
+    assert [row.name for row in PASSES if not row.exact] == [*canonical[2:], "store_compute_type"]
+
+
+def test_targets_say_which_quantized_caches_they_take():
+    every = ("fp8", "int8", "int4")
+    taken = {name: target.kv_dtypes for name, target in TARGETS.items()}
+    assert taken == {"cpu": every, "cuda": every, "portable": every, "tensorrt": every, "tensorrt-rtx": ()}
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
+def test_portable_graphs_with_quantized_caches_are_standard_onnx(scout_layout: Path, tmp_path: Path, dtype: Any):
+    model = quantized(open_checkpoint(scout_layout), dtype, "windowed")
+    assert {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)} == {""}
+    ir.save(model, tmp_path / "model.onnx")
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
 
 
 def test_rows_are_named_by_their_keys():

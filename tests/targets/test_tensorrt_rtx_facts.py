@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 FLOAT, HALF, INT64, BOOL = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.BOOL
+FP8 = TensorProto.FLOAT8E4M3FN
 SLOTS = 16
 
 # Reads {name: [model in base64, whether to build]} and prints {name: what was said about it, "" where it is fine},
@@ -75,12 +76,12 @@ def model_of(nodes, inputs, outputs, initializers=()):
     return helper.make_model(graph, opset_imports=imports, ir_version=11)
 
 
-def scatter(mode="linear", slots: int | str = SLOTS):
+def scatter(mode="linear", slots: int | str = SLOTS, dtype=FLOAT):
     """Four new tokens into a cache."""
     node = helper.make_node("TensorScatter", ["past", "new", "start"], ["present"], axis=2, mode=mode)
     cache = [1, 2, slots, 64]
-    inputs = [info("past", FLOAT, cache), info("new", FLOAT, [1, 2, 4, 64]), info("start", INT64, [1])]
-    return model_of([node], inputs, [info("present", FLOAT, cache)])
+    inputs = [info("past", dtype, cache), info("new", dtype, [1, 2, 4, 64]), info("start", INT64, [1])]
+    return model_of([node], inputs, [info("present", dtype, cache)])
 
 
 def attention(*extra: str, extra_inputs=(), outputs=("y",)):
@@ -144,6 +145,8 @@ FACTS: dict[str, tuple[Callable[[], onnx.ModelProto], bool, str]] = {
     "a cache written in place": (scatter, True, ""),
     "a circular cache": (lambda: scatter("circular"), False, 'Assertion failed: mode == "linear"'),
     "a cache of symbolic length": (lambda: scatter(slots="slots"), False, "must have a static sequence length"),
+    "a cache of INT8": (lambda: scatter(dtype=TensorProto.INT8), False, "must have type Float, Half, or BFloat16"),
+    "a cache of FP8": (lambda: scatter(dtype=FP8), False, "must have type Float, Half, or BFloat16"),
     "attention under a mask": (masked, True, ""),
     "attention with lengths": (with_length, False, "unused: length"),  # parsed, and silently not applied
     "attention with a past": (with_past, False, "only supports Attention nodes with one output"),
