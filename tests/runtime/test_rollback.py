@@ -66,7 +66,7 @@ def test_each_row_goes_back_on_its_own(form: str, sessions: dict[str, OrtSession
 
 
 @pytest.mark.parametrize("form", ALL)
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=plans(), seed=st.integers(0, 3))
 def test_any_steps_rollbacks_and_forks(
     form: str, plan: list[tuple[str, Any]], seed: int, sessions: dict[str, OrtSession], reference: Logits
