@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -87,7 +86,6 @@ def main() -> int:
             "tokens": len(stream.ids), "source": stream.source, "chunk": stream.config.attention_chunk_size,
             "boundaries": stream.marks.tolist(), "positions": len(stream.places), "bound": BOUND,
             "between_references": own, "rows": rows,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }  # fmt: skip
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
