@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(KERNELS)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
+# Tests of a file share what they converted, so a file stays in one process; the longest one comes first (tests/conftest.py).
 test: $(STAMP) ## Run the tests (ARGS="-k name" passes options to pytest)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

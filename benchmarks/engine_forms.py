@@ -184,6 +184,28 @@ def attention_model(capacity: int, folded: bool) -> ir.Model:
     return model_of(b, [*tokens, *caches, positions], {"y": merged, "present_key": key, "present_value": present})
 
 
+def attention_layers(layers: int, capacity: int) -> ir.Model:
+    """Folded attention of Scout's shape, layer after layer, each with its own projections and caches."""
+    spec = attention.AttentionSpec(40, 8, 128, 0, False, 0.0, 1.0, 0.0, "static", "bfloat16")
+    b = Builder("attention")
+    hidden = spec.num_heads * spec.head_dim
+    widths = {"q": hidden, "k": spec.kv_num_heads * spec.head_dim, "v": spec.kv_num_heads * spec.head_dim}
+    x, positions = value("x", BF16, [1, "tokens", hidden]), value("positions", ir.DataType.INT64, [1, "total"])
+    inputs, outputs = [x, positions], {}
+    for i in range(layers):
+        caches = [value(f"past_{n}{i}", BF16, [1, spec.kv_num_heads, capacity, spec.head_dim]) for n in "kv"]
+        weights = {n: Constant(np.full((hidden, w), 0.01, ml_dtypes.bfloat16)) for n, w in widths.items()}
+        new = [b.op("MatMul", x, initializer(f"{n}{i}", weight)) for n, weight in weights.items()]
+        operands = attention.Inputs(*new, *caches, positions, None, None)
+        merged, *presents = lower_attention_to_tensor_scatter.build(b, spec, operands)
+        for name, result, cache in zip("kv", presents, caches, strict=True):
+            result.shape = cache.shape
+            outputs[f"present_{name}{i}"] = result
+        inputs += caches
+        x = b.op("Add", x, merged)
+    return model_of(b, inputs, outputs | {"y": x})
+
+
 def build(model: ir.Model, sm: str, shapes: dict[str, int]) -> dict[str, Any]:
     """Plan bytes and scratch bytes, or ``error``; ``shapes``: the most of each symbolic dimension."""
     import tensorrt_rtx as trt
@@ -246,6 +268,10 @@ def attention_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 result = build(attention_model(capacity, folded), options.sm, {"tokens": tokens, "total": capacity})
                 form = "heads folded into tokens" if folded else "40 heads on 8"
                 yield {"form": form, "capacity": capacity, "tokens": tokens, **result}
+    for count in (1, 2, 4):
+        for tokens in (1, 512):
+            result = build(attention_layers(count, 131072), options.sm, {"tokens": tokens, "total": 131072})
+            yield {"form": f"folded, {count} layers", "capacity": 131072, "tokens": tokens, **result}
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

@@ -23,8 +23,8 @@ from l4convert.quantization.kv import KV_FORMATS, KvDtype
 from l4convert.quantization.kv_codes import dequantize_kv, quantize_kv
 from l4convert.quantization.recipe import Recipe
 from l4convert.runtime.cuda_kernels import has_cuda_kernels
+from l4convert.runtime.loading import Loading, load_model
 from l4convert.runtime.ort_values import as_float32, ort_value
-from l4convert.runtime.session import load_model
 
 #: Largest |difference| of any output that an exact pass may make, relative to the largest |value| of that output.
 #: By the type that the graph computes in: sums in another order round differently, and 16 bits are soon rounded.
@@ -131,7 +131,7 @@ def _run(model: ir.Model, probes: Probes) -> Arrays:
             ir.save(model, path, external_data="weights.bin")
         # What is compared is the graph as written, not what the runtime's optimizer would make of it.
         rewrite = probes.compute == "bfloat16" or has_cuda_kernels(model)
-        session = load_model(path, optimized=False, cpu_form=rewrite, fuse_quantized=False)
+        session = load_model(path, Loading(optimized=False, cpu_form=rewrite, fuse_quantized=False))
         names = [output.name for output in session.get_outputs()]
         results: Arrays = {}
         for probe, feeds in probe_feeds(probes):

@@ -59,6 +59,7 @@ class BackendMissing(L4Error):
 # user's to solve, not a defect.
 INSTALL = {
     "cuda": "pip install cuda-bindings",
+    "matplotlib": "pip install matplotlib",
     "onnxruntime": "pip install onnxruntime-gpu",
     "ray": "pip install 'ray[client]'",
     "tensorrt": "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",

@@ -30,14 +30,19 @@ from l4convert.planning import ConversionPlan, TimePlan
 from l4convert.planning.disk import existing_parent, plan_disk
 from l4convert.planning.estimate import estimate_time, noise_tensors, sample_layers
 from l4convert.planning.memory import plan_memory
+from l4convert.planning.serving import plan_serving
 from l4convert.planning.sharing import SharingPlan, plan_sharing
-from l4convert.planning.tensors import tensor_plans
+from l4convert.planning.tensors import TensorPlan, tensor_plans
+from l4convert.planning.tokens import parse_context
+from l4convert.planning.use import Artifact, ServingPlan, Wanted
+from l4convert.planning.working import PREFILL_TOKENS
 from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.quantization.kv import KvScheme
 from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules, with_kv_cache
 from l4convert.runtime.calibration_text import DEFAULT_TOKENS, CalibrationText, read_calibration_text
 from l4convert.runtime.client_files import client_files
 from l4convert.targets import TARGETS, Target
+from l4convert.targets.hardware import Hardware, hardware_names, load_hardware
 
 if TYPE_CHECKING:
     from l4convert.emit.cluster import Cluster
@@ -95,11 +100,20 @@ class ConvertOptions(_HowOptions):
 
 @dataclass(frozen=True)
 class PlanOptions(_HowOptions):
-    """What ``l4convert plan`` is asked for: a checkpoint or a preset, and how it would be converted."""
+    """What ``l4convert plan`` is asked for: a checkpoint or a preset, how it would be converted, and its use.
+
+    ``target`` may be a hardware profile, too: then the artifact is for its first runtime, and what fits is planned.
+    ``context`` (as "1M"), ``batch``, ``prefill_tokens`` and ``tensor_parallel`` are those of
+    :class:`l4convert.planning.use.Wanted`.
+    """
 
     checkpoint: Path | None = None
     preset: str | None = None
     output: Path | None = None
+    context: str | None = None
+    batch: int = 1
+    prefill_tokens: int = PREFILL_TOKENS
+    tensor_parallel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ class _Conversion:
 
     def __init__(self, options: ConvertOptions | PlanOptions, progress: Progress) -> None:
         self.options = options
-        self.target = _target(options)
+        self.target, self.hardware = _target(options)
         self.kv_cache = _choice(self.target, "KV cache", self.target.kv_caches, options.kv_cache)
         self.compute = _choice(self.target, "compute type", self.target.compute, options.compute)
         if options.output is not None:
@@ -326,7 +340,23 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         disk=plan_disk(sum(files.values()) + manifest_reserve(weights), options.output),
         memory=memory,
         time=_estimate(conversion, memory.jobs) if measure else None,
+        serving=_serving(conversion, table) if isinstance(options, PlanOptions) else None,
     )
+
+
+def _serving(conversion: _Conversion, table: tuple[TensorPlan, ...]) -> ServingPlan | None:
+    """None where neither hardware nor a use was named."""
+    options, config = conversion.options, conversion.checkpoint.config
+    assert isinstance(options, PlanOptions)  # convert has no such options
+    asked = (options.context, options.tensor_parallel, conversion.hardware)
+    if all(value is None for value in asked) and options.batch == 1:
+        return None
+    compute: Any = conversion.compute
+    target, form = conversion.target, conversion.kv_cache
+    artifact = Artifact(config, table, conversion.recipe, target.name, form, compute, target.kv_dtypes)
+    context = None if options.context is None else parse_context(options.context, config.max_position_embeddings)
+    use = Wanted(context, options.batch, options.prefill_tokens, options.tensor_parallel, conversion.hardware)
+    return plan_serving(artifact, use)
 
 
 def _planned_files(conversion: _Conversion) -> dict[str, int]:
@@ -379,10 +409,18 @@ def _open(options: ConvertOptions | PlanOptions) -> Checkpoint:
     return preset_checkpoint(preset)
 
 
-def _target(options: ConvertOptions | PlanOptions) -> Target:
-    if options.target not in TARGETS:
-        raise UsageError(f"unknown target {options.target!r}", f"known targets: {', '.join(TARGETS)}")
-    return TARGETS[options.target]
+def _target(options: ConvertOptions | PlanOptions) -> tuple[Target, Hardware | None]:
+    """The target, and the hardware where that was named in a plan: then the target is its first runtime."""
+    name = options.target
+    if name in TARGETS:
+        return TARGETS[name], None
+    if not isinstance(options, PlanOptions):
+        raise UsageError(f"unknown target {name!r}", f"known targets: {', '.join(TARGETS)}")
+    if not name.endswith(".toml") and name not in hardware_names():
+        known = f"targets: {', '.join(TARGETS)}; hardware: {', '.join(hardware_names())}, or your own FILE.toml"
+        raise UsageError(f"unknown target {name!r}", known)
+    hardware = load_hardware(name)
+    return TARGETS[next(iter(hardware.runtimes), "cpu")], hardware
 
 
 def _choice(target: Target, kind: str, known: Sequence[str], wanted: str | None) -> str:

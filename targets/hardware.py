@@ -21,7 +21,7 @@ RUNTIMES = ("tensorrt-rtx", "tensorrt")
 
 _KEYS = frozenset({
     "summary", "compute_capability", "memory_bytes", "bandwidth_bytes_per_second", "precisions", "runtimes", "recipe",
-    "peak_flops", "sources",
+    "peak_flops", "sources", "unified_memory",
 })  # fmt: skip
 _MAX_BYTES = 1 << 16
 _MAX_FIGURE = 1 << 63
@@ -42,6 +42,7 @@ class Hardware:
         recipe: Name of the quantization recipe to start with.
         peak_flops: Precision -> multiplications and additions a second in dense matrix products; what is unknown is
             left out.
+        unified_memory: The CPU and its programs use the same memory.
         sources: Field -> where its figure was taken from.
     """
 
@@ -55,6 +56,7 @@ class Hardware:
     recipe: str
     peak_flops: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    unified_memory: bool = False
 
     @property
     def sm(self) -> int:
@@ -72,6 +74,7 @@ class Hardware:
             "precisions": list(self.precisions),
             "runtimes": list(self.runtimes),
             "recipe": self.recipe,
+            "unified_memory": self.unified_memory,
             "peak_flops": dict(self.peak_flops),
             "sources": dict(self.sources),
         }
@@ -146,6 +149,7 @@ class _Profile:
             recipe=self.text("recipe"),
             peak_flops=MappingProxyType(self.rates(precisions)),
             sources=MappingProxyType(self.sources()),
+            unified_memory=self.flag("unified_memory"),
         )
 
     def fail(self, key: str, problem: str, hint: str | None = None) -> NoReturn:
@@ -180,6 +184,12 @@ class _Profile:
     def positive(self, key: str, value: Any) -> int:
         if type(value) is not int or not 0 < value < _MAX_FIGURE:
             self.fail(key, f"must be a whole number above 0, not {quote(value)}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.data.get(key, False)
+        if not isinstance(value, bool):
+            self.fail(key, f"must be true or false, not {quote(value)}")
         return value
 
     def table(self, key: str) -> dict[str, Any]:

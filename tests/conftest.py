@@ -22,6 +22,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("l4convert")
 
 
+# Files of a few long tests. Begun last, they would keep one process busy when the others have nothing left to do.
+LONGEST = ("test_examples.py", "test_kills.py", "test_optimum.py", "test_cluster.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; files keep their order otherwise, and so do the tests of a file."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def scout_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, every layer MoE, QK norm, scaled RoPE, top-1; chunks of 8."""

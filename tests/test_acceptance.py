@@ -19,7 +19,7 @@ from tests.test_end_to_end import run, run_json
 
 TOKENS, WINDOW = 3000, 1000
 # (recipe, block size) -> mean KL(reference || artifact) in nats a token on the portable target; a fifth more on others.
-MEAN_KL = {("int4", 32): 0.0048, ("int4", 128): 0.0066, ("fp8", None): 0.003}
+MEAN_KL = {("int4", 32): 0.0048, ("int4", 128): 0.0066, ("fp8", None): 0.003, ("fp8-experts", None): 0.003}
 FIFTH_MORE = 1.2
 
 
@@ -44,6 +44,11 @@ def reference(tiny_scout: Path, windows: list[np.ndarray]) -> list[np.ndarray]:
     return [log_softmax(x) for x in logits]
 
 
+def test_the_reference_has_the_perplexity_that_its_training_measured(windows, reference) -> None:
+    likelihoods = [x[np.arange(len(ids) - 1), ids[1:]] for x, ids in zip(reference, windows, strict=True)]
+    assert np.exp(-np.concatenate(likelihoods).mean()) == pytest.approx(13.06, abs=0.005)
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
@@ -54,19 +59,23 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def artifact(tiny_scout: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     root = tmp_path_factory.mktemp("acceptance")
 
-    def make(recipe: str, target: str, block_size: int | None = None) -> Path:
-        out = root / f"{recipe}-{target}-{block_size}"
+    def make(recipe: str, target: str, block_size: int | None = None, kv_cache: str = "growing") -> Path:
+        out = root / f"{recipe}-{target}-{block_size}-{kv_cache}"
         if not out.exists():
-            convert(ConvertOptions(tiny_scout, out, target=target, recipe=recipe, block_size=block_size))
+            how: dict[str, Any] = {"target": target, "recipe": recipe, "block_size": block_size, "kv_cache": kv_cache}
+            convert(ConvertOptions(tiny_scout, out, **how))
         return out
 
     return make
 
 
-@pytest.mark.parametrize("target", ["portable", "cpu"])
-def test_unquantized_is_the_reference_in_every_split(artifact, tiny_scout: Path, target: str) -> None:
+FORMS = [("portable", "growing"), ("cpu", "growing"), ("cpu", "static"), ("cpu", "windowed")]
+
+
+@pytest.mark.parametrize(("target", "kv_cache"), FORMS)
+def test_unquantized_is_the_reference_in_every_split(artifact, tiny_scout: Path, target: str, kv_cache: str) -> None:
     options = ["--reference", tiny_scout, "--text", tiny_scout / "heldout.txt", "--tokens", WINDOW, "--window", WINDOW]
-    report = run_json("validate", artifact("none", target), *options)
+    report = run_json("validate", artifact("none", target, kv_cache=kv_cache), *options)
     assert report["passed"] is True
     assert report["text"]["tokens"] == WINDOW
     names = [row["name"] for row in report["rows"]]

@@ -26,6 +26,7 @@ COMMANDS = {
     "validate": "l4convert.cli.validate",
     "build": "l4convert.cli.build",
     "generate": "l4convert.cli.generate",
+    "bench": "l4convert.cli.bench",
     "verify": "l4convert.cli.verify",
     "targets": "l4convert.cli.targets",
     "passes": "l4convert.cli.passes",

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from l4convert.cli._passes import passes_payload, passes_text
+from l4convert.cli._plan_serving import serving_payload, serving_text
 from l4convert.cli._render import count, fields, size, table
 from l4convert.cli._settings import Settings
 from l4convert.cli._sharing import sharing_payload, sharing_rows
@@ -13,13 +14,15 @@ from l4convert.planning import ConversionPlan, TensorPlan, TimePlan
 from l4convert.planning.memory import METHOD
 
 
-def show_plan(settings: Settings, plan: ConversionPlan, tensors: bool = False) -> None:
+def show_plan(settings: Settings, plan: ConversionPlan, tensors: bool = False, explain: bool = False) -> None:
     """Print the plan; its table for people has a row for each tensor with ``tensors`` or ``-v``, its JSON always.
+
+    With ``explain`` or ``-v`` every number comes with its arithmetic.
 
     Raises:
         InputError: After that, if the disk is too small.
     """
-    settings.emit("plan", plan_payload(plan), plan_text(plan, tensors or settings.verbose, settings.verbose))
+    settings.emit("plan", plan_payload(plan), plan_text(plan, tensors or settings.verbose, settings.verbose, explain))
     plan.disk.check()
 
 
@@ -57,6 +60,7 @@ def plan_payload(plan: ConversionPlan) -> dict[str, Any]:
             "method": METHOD,
         },
         "time": None if plan.time is None else _time_payload(plan.time),
+        "serving": None if plan.serving is None else serving_payload(plan.serving),
         "passes": passes_payload(plan.passes),
         "tensors": [dataclasses.asdict(row) for row in plan.table],
     }
@@ -75,8 +79,8 @@ def _time_payload(time: TimePlan) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: ConversionPlan, tensors: bool, verbose: bool) -> str:
-    """Summary, kinds and files; ``verbose`` adds the passes and how the numbers were found."""
+def plan_text(plan: ConversionPlan, tensors: bool, verbose: bool, explain: bool = False) -> str:
+    """Summary, kinds and files, use; ``explain`` adds how the numbers were found, ``verbose`` the passes, too."""
     kinds = [(kind, f"{n:,}", size(nbytes)) for kind, (n, nbytes) in plan.kinds.items()]
     parts = [
         _summary(plan),
@@ -85,8 +89,12 @@ def plan_text(plan: ConversionPlan, tensors: bool, verbose: bool) -> str:
     ]
     if tensors:
         parts.append(_tensor_table(plan.table))
+    if plan.serving is not None:
+        parts.append(serving_text(plan.serving, explain or verbose))
     if verbose:
-        parts += [passes_text(plan.passes, verbose=True), _methods(plan)]
+        parts.append(passes_text(plan.passes, verbose=True))
+    if verbose or explain:
+        parts.append(_methods(plan))
     return "\n\n".join(parts)
 
 

@@ -40,6 +40,7 @@ EXTRAS = {
         "purpose": "build TensorRT-RTX engines, with no GPU, and run them",
         "packages": ("cuda-bindings", "tensorrt-rtx-cu13"),
     },
+    "plot": {"purpose": "draw what bench measures (bench --plot)", "packages": ("matplotlib",)},
     "cluster": {"purpose": "convert on many machines (convert --cluster)", "packages": ("ray[client]",)},
 }
 # Each of these installs the import package `onnxruntime`; two of them overwrite each other's files.

@@ -69,6 +69,20 @@ def resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_resident_bytes() -> int:
+    """The most bytes this process ever had in memory since its program began, mapped files included.
+
+    Not ``ru_maxrss`` where it can be avoided: that counts what the process was before, a copy of its parent.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        rows = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="replace").splitlines())
+        if "VmHWM" in rows:
+            return int(rows["VmHWM"].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def available_bytes() -> int | None:
     """Memory that this process may still take: what the system can free, within the control group's limit.
 

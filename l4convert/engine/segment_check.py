@@ -16,8 +16,8 @@ from l4convert.engine.segments import HIDDEN_INPUT, HIDDEN_OUTPUT
 from l4convert.errors import CheckFailed, InputError, backend_missing
 from l4convert.progress import Progress
 from l4convert.runtime.cpu_form import to_cpu_form
+from l4convert.runtime.loading import SETTINGS
 from l4convert.runtime.ort_values import ort_value
-from l4convert.runtime.session import SETTINGS
 
 #: Largest |difference| of an output, relative to its largest |value|. The same nodes run on the same numbers.
 TOLERANCE = 1e-6

@@ -59,8 +59,7 @@ class TransformersReference:
         self.checkpoint = open_checkpoint(path)
         self.exact_angles = exact_angles
         self._attention = "eager"
-        with _quiet():
-            self._model: Any = _load(self.checkpoint)
+        self._model: Any = load_transformers(self.checkpoint)
         if exact_angles:
             _use_exact_angles(self._model.model.rotary_emb)
 
@@ -169,8 +168,24 @@ def _require_backend() -> Any:
     return torch
 
 
-def _load(checkpoint: Checkpoint) -> Any:
-    """The model, in evaluation mode, with every weight from the checkpoint."""
+def load_transformers(checkpoint: Checkpoint, dtype: str = "float32", attention: str | None = "eager") -> Any:
+    """``Llama4ForCausalLM``, in evaluation mode, with every weight from the checkpoint.
+
+    Args:
+        checkpoint: In Hugging Face format.
+        dtype: Name of the torch type to compute in.
+        attention: Name of the implementation; None: what transformers takes by itself.
+
+    Raises:
+        BackendMissing: torch or transformers is not installed.
+        InputError: The checkpoint is not whole, or not one that transformers reads.
+    """
+    _require_backend()
+    with _quiet():
+        return _load(checkpoint, dtype, attention)
+
+
+def _load(checkpoint: Checkpoint, dtype: str, attention: str | None) -> Any:
     import torch
     import transformers
 
@@ -180,7 +195,9 @@ def _load(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path}: transformers cannot read a checkpoint of format {checkpoint.format}", hint
         )
     load: Any = transformers.Llama4ForCausalLM.from_pretrained
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    if attention is not None:
+        options["attn_implementation"] = attention
     try:
         config = _text_config(checkpoint.path)
         if checkpoint.experts == "stacked":

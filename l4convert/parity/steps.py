@@ -11,6 +11,7 @@ from l4convert.runtime.prefill import prefill_steps
 AT_ONCE = 1 << 28
 #: Bytes that each of the large arrays of one step of the reference may take.
 STEP_BYTES = 256 << 20
+MOST_TOKENS = 2048  # of a step of the reference, so that a progress bar moves
 _FLOAT32 = 4
 _MASK_BYTES = 5  # for a query and a key: a Boolean, and the float32 that PyTorch makes of it
 
@@ -33,7 +34,8 @@ def reference_limit(config: DecoderConfig, context: int) -> int:
     transformers computes for all tokens in all experts, S x experts x 2 x intermediate size.
     """
     experts = config.num_local_experts * 2 * config.intermediate_size * _FLOAT32
-    return max(1, STEP_BYTES // max(_MASK_BYTES * context, config.vocab_size * _FLOAT32, experts))
+    fitting = STEP_BYTES // max(_MASK_BYTES * context, config.vocab_size * _FLOAT32, experts)
+    return max(1, min(fitting, MOST_TOKENS))
 
 
 def reference_steps(tokens: int, config: DecoderConfig) -> list[int]:

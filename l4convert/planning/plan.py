@@ -14,6 +14,7 @@ from l4convert.planning.estimate import TimePlan
 from l4convert.planning.memory import MemoryPlan
 from l4convert.planning.sharing import SharingPlan
 from l4convert.planning.tensors import KINDS, TensorPlan
+from l4convert.planning.use import ServingPlan
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ConversionPlan:
         files: File name to bytes, of all files but the manifest, which holds digests of the others.
         sharing: What stays in files of the checkpoint, where that was asked for; those are not among ``files``.
         time: None where it was not measured.
+        serving: The artifact in use, where hardware or a context was named.
     """
 
     source: str
@@ -48,6 +50,7 @@ class ConversionPlan:
     disk: DiskPlan
     memory: MemoryPlan
     time: TimePlan | None
+    serving: ServingPlan | None = None
 
     @cached_property
     def bytes(self) -> int:

@@ -115,10 +115,15 @@ def _classify(name: str, tensor: ir.TensorProtocol, recipe: Recipe) -> tuple[str
     added = _ADDED.search(name)
     assert added is not None  # it matches the empty end of every name
     canonical = name[: added.start()]
-    kind = next((kind for kind, pattern in _PATTERNS if pattern.search(canonical)), CONSTANTS)
+    kind = kind_of_name(canonical)
     if not added["values"] and not added["scale"]:
         return kind, "none"
     return SCALES if added["scale"] else kind, label(recipe.scheme_for(canonical))
+
+
+def kind_of_name(name: str) -> str:
+    """The kind of the checkpoint's tensor that a tensor of this name was made of, whatever a pass appended to it."""
+    return next((kind for kind, pattern in _PATTERNS if pattern.search(name)), CONSTANTS)
 
 
 def label(scheme: Scheme) -> str:

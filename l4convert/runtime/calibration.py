@@ -30,10 +30,10 @@ from l4convert.quantization.kv import KvScheme, scale_name
 from l4convert.quantization.kv_scales import Float32, Rotation, Spread, sampled_tokens
 from l4convert.runtime.caches import CacheNames
 from l4convert.runtime.calibration_text import CalibrationText
+from l4convert.runtime.loading import Loading, load_model
 from l4convert.runtime.ort_values import host_array, ort_value
 from l4convert.runtime.prefill import prefill_steps
 from l4convert.runtime.runner import IntArray
-from l4convert.runtime.session import load_model
 
 LEAST_WINDOW = 1024
 CACHE_BYTES = 1 << 30
@@ -52,7 +52,7 @@ class CalibrationGraph:
         config: Of the model.
         form: Of its caches: "growing", or "static" for graphs that write them in place.
         compute: The type that it computes in.
-        cpu_form: As :func:`load_model` takes it.
+        cpu_form: See :class:`~l4convert.runtime.loading.Loading`.
     """
 
     file: Path
@@ -116,7 +116,7 @@ def _measure(
     rotation = Rotation(inverse_frequencies(config), config.attention_chunk_size)
     lengths = [len(ids) for ids in text.windows(graph.window)]
     chosen, done = sampled_tokens(sum(lengths)), 0
-    session = load_model(graph.file, optimized=False, mapped=True, cpu_form=graph.cpu_form)
+    session = load_model(graph.file, Loading(optimized=False, mapped=True, cpu_form=graph.cpu_form))
     with progress.task("Calibrating", total=sum(lengths), unit="tokens") as task:
         for ids in text.windows(graph.window):
             for part in _caches(graph, session, ids):

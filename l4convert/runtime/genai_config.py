@@ -21,7 +21,7 @@ from typing import Any
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import UsageError
 from l4convert.quantization.kv import KvScheme
-from l4convert.runtime.session import SETTINGS
+from l4convert.runtime.loading import SETTINGS
 
 GENAI_KV_CACHES = ("growing", "static")
 """Caches that ONNX Runtime GenAI can drive; a windowed one it cannot, as it sizes every layer's ``present`` alike."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit.write import MODEL_FILE
-from l4convert.errors import InputError, UsageError, backend_missing
+from l4convert.errors import InputError, UsageError
 from l4convert.runtime.cache_elements import CacheElements, cache_elements, mixed_types
 from l4convert.runtime.caches import (
     CACHE_FORMS,
@@ -20,21 +20,17 @@ from l4convert.runtime.caches import (
     KvCacheState,
     restored_slots,
 )
-from l4convert.runtime.cpu_form import cpu_form_of
 from l4convert.runtime.history import TokenHistory
+from l4convert.runtime.loading import Loading, load_model, summary
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.occupancy import Columns, Occupancy, Slots
-from l4convert.runtime.providers import PROVIDERS, Provider, check_started, prepare
+from l4convert.runtime.providers import PROVIDERS, Provider
 from l4convert.runtime.runner import FloatArray, IntArray
 from l4convert.runtime.stream import OrtStream
 
 # How long a stream may become in the static form where the caller does not say: enough for a conversation, and small
 # beside the weights (Scout: 0.8 GB of float32 caches).
 DEFAULT_MAX_LENGTH = 4096
-
-# Session configuration under which ONNX Runtime computes what the graph says. It rewrites MatMul with a dequantized
-# INT4 matrix to MatMulNBits, by default (4) with activations rounded to int8; 1 keeps them float32.
-SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 class OrtSession:
@@ -61,6 +57,7 @@ class OrtSession:
         max_length: int | None = None,
         threads: int | None = None,
         provider: Provider = "cpu",
+        profile: Path | None = None,
     ) -> Self:
         """Load an artifact.
 
@@ -70,6 +67,7 @@ class OrtSession:
                 they are fewer. The other forms grow and take this as a limit only where it is given.
             threads: Threads for one operator; default: ONNX Runtime's choice.
             provider: The execution provider: ``cpu`` or ``cuda``.
+            profile: How the path of a profile begins that is written by :meth:`end_profile`; None: no profile.
 
         Raises:
             InputError: No artifact, a damaged one, or a graph that does not keep the I/O contract.
@@ -81,10 +79,14 @@ class OrtSession:
         if max_length is not None and not 0 < max_length <= limit:
             raise UsageError(f"a maximum length of {max_length} is not between 1 and the model's {limit} positions")
         default = min(DEFAULT_MAX_LENGTH, limit) if info.kv_cache == "static" else limit
-        # Graphs of the other runtimes are lowered to what this one fuses well.
-        fuse = info.calls == "any"
-        rewrite = provider == "cpu" and (info.compute == "bfloat16" or info.target == "cuda")
-        session = load_model(artifact / MODEL_FILE, threads, cpu_form=rewrite, fuse_quantized=fuse, provider=provider)
+        loading = Loading(
+            threads=threads,
+            fuse_quantized=info.calls == "any",  # graphs of the other runtimes are lowered to what this one fuses well
+            cpu_form=provider == "cpu" and (info.compute == "bfloat16" or info.target == "cuda"),
+            provider=provider,
+            profile=profile,
+        )
+        session = load_model(artifact / MODEL_FILE, loading)
         return cls(info, session, max_length or default, provider)
 
     @property
@@ -96,6 +98,10 @@ class OrtSession:
     def config(self) -> DecoderConfig:
         """The model's hyperparameters."""
         return self.info.config
+
+    def end_profile(self) -> Path:
+        """Write what every call since :meth:`open` took, node by node (Chrome's trace format); that file."""
+        return Path(self._session.end_profiling())
 
     def start(self, batch: int) -> OrtStream:
         """Begin ``batch`` empty sequences."""
@@ -146,7 +152,7 @@ class OrtSession:
         try:
             logits = cache.run({"input_ids": np.ascontiguousarray(input_ids), "attention_mask": mask})
         except Exception as error:  # onnxruntime's exception types are private and differ between versions
-            raise InputError(f"{self.info.path / MODEL_FILE}: ONNX Runtime failed: {_summary(error)}") from error
+            raise InputError(f"{self.info.path / MODEL_FILE}: ONNX Runtime failed: {summary(error)}") from error
         expected = (*input_ids.shape, self.config.vocab_size)
         if logits.shape != expected:
             raise InputError(f"{self.info.path / MODEL_FILE}: logits have shape {logits.shape}, not {expected}")
@@ -172,71 +178,6 @@ class OrtSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._session = None  # the native session unmaps the weights when its last reference goes
-
-
-_SUMMARY_CHARS = 240
-
-
-def load_model(
-    model: Path,
-    threads: int | None = None,
-    *,
-    optimized: bool = True,
-    cpu_form: bool = False,
-    fuse_quantized: bool = True,
-    mapped: bool = False,
-    provider: Provider = "cpu",
-) -> Any:
-    """An ``onnxruntime.InferenceSession``.
-
-    Args:
-        model: Path of ``model.onnx``.
-        threads: Threads for one operator; default: ONNX Runtime's choice.
-        optimized: Whether ONNX Runtime may rewrite the graph; False: every node runs as it is written.
-        fuse_quantized: Whether it may fuse DequantizeLinear with what follows. It does so even where no kernel takes
-            FP8, and looks in the wrong graph for weights that a loop uses (1.31).
-        mapped: Whether weights stay in the mapped file and memory that is not used is given back, at the price of
-            speed; False: kernels may copy weights into layouts of their own.
-        cpu_form: Whether the graph computes in bfloat16, or has kernels that only CUDA has, and so has to be rewritten
-            (l4convert/runtime/cpu_form.py).
-        provider: Where it runs; the CPU takes what another provider has no kernel for.
-
-    Raises:
-        InputError: The file is absent or ONNX Runtime refuses it.
-        BackendMissing: onnxruntime is not installed, or has no such provider, or there is no GPU.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise backend_missing("onnxruntime") from error
-    if not model.is_file():
-        raise InputError(f"{model}: no such file", "Convert the checkpoint again.")
-    prepare(onnxruntime, provider)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors become exceptions, and are not printed as well
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    for key, value in SETTINGS.items():
-        options.add_session_config_entry(key, value)
-    if mapped:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False
-    if not fuse_quantized:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    source: str | bytes = str(model)
-    if cpu_form:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
-        source = cpu_form_of(model)
-    try:
-        session = onnxruntime.InferenceSession(source, options, providers=list(PROVIDERS[provider]))
-    except Exception as error:  # as above
-        summary = _summary(error)
-        hint = "`l4convert verify` tells whether the artifact is whole; `l4convert doctor` which ONNX Runtime is here."
-        raise InputError(f"{model}: ONNX Runtime cannot load it: {summary}", hint) from error
-    check_started(session, provider)
-    return session
 
 
 def _check_contract(info: ArtifactInfo, session: Any) -> dict[str, CacheElements]:
@@ -272,10 +213,3 @@ def _check_names(file: Path, kind: str, found: set[str], expected: set[str]) -> 
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             hint = "Was it written by another program, or for another model than its manifest says?"
             raise InputError(f"{file}: the graph {problem} {kind} {min(names)}{more}", hint)
-
-
-def _summary(error: Exception) -> str:
-    """What ONNX Runtime says, on one line and without the C++ signatures in front of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if lines else type(error).__name__
-    return text if len(text) <= _SUMMARY_CHARS else f"...{text[-_SUMMARY_CHARS:]}"

@@ -61,6 +61,7 @@ SCHEMA: dict[str, Any] = {
         "jobs": int,
         "digest": {"bytes": int, "bytes_per_second": int},
     },
+    "serving": type(None),
     "passes": [{"name": str, "fired": int, "skipped": list}],
     "tensors": [
         {
@@ -75,6 +76,35 @@ SCHEMA: dict[str, Any] = {
             "sources": list,
         }
     ],
+}
+
+
+# Of "serving", on a GPU and for a context.
+SERVING: dict[str, Any] = {
+    "machine": str,
+    "memory_bytes": int,
+    "bandwidth_bytes_per_second": int,
+    "batch": int,
+    "prefill_tokens": int,
+    "context": int,
+    "caches": [
+        {
+            "dtype": str,
+            "chosen": bool,
+            "bytes_per_token": int,
+            "largest_context": dict,
+            "context": int,
+            "cache_bytes": int,
+            "gpus": {"gpus": int, "by_heads": int, "by_tokens": int},
+            "used_bytes": int,
+            "reason": str,
+            "gpus_by_bytes": int,
+            "fewest": type(None),
+            "decode_tokens_per_second": float,
+        }
+    ],
+    "arithmetic": dict,
+    "notes": list,
 }
 
 
@@ -93,6 +123,54 @@ def conforms(value: Any, schema: Any, where: str = "plan") -> None:
 
 def test_the_json_has_its_schema(capsys, nano, tmp_path):
     conforms(plan_json(capsys, "plan", nano, "--output", tmp_path / "out", "--tensors"), SCHEMA)
+
+
+def test_the_use_of_an_artifact_has_its_schema(capsys, nano):
+    plan = plan_json(capsys, "plan", nano, "--no-measure", "--target", "h100", "--context", "2k", "--batch", 3)
+    conforms(plan["serving"], SERVING, "serving")
+    assert (plan["target"], plan["serving"]["machine"], plan["serving"]["context"]) == ("tensorrt", "h100", 2048)
+    assert list(plan["serving"]["arithmetic"]) == ["hardware", "memory", "largest context", "GPUs", "decode", "prefill"]
+    for lines in plan["serving"]["arithmetic"].values():
+        conforms(lines[:0] or [{key: str(line[key]) for key in line} for line in lines],
+                 [dict.fromkeys(("name", "value", "unit", "arithmetic", "source"), str)])  # fmt: skip
+    assert [row["chosen"] for row in plan["serving"]["caches"]] == [True, False, False, False]
+
+
+def test_the_use_of_an_artifact_as_text(capsys, nano, tmp_path):
+    args = ["plan", str(nano), "--no-measure", "--context", "1k"]
+    assert cli.run([*args, "--target", "h100"]) == 0
+    text = capsys.readouterr().out
+    for part in ("in use on  h100: 80.0 GB", "1k = 1,024 tokens", "bfloat16 *", "one holds all of it", "free  "):
+        assert part in text, part
+    assert "x 1,024 tokens" not in text
+    assert cli.run([*args, "--target", "h100", "--explain"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "x 1,024 tokens",
+        "bandwidth: 3,350,000,000,000 B/s",
+        "[https://",
+        "decode bound: ",
+        "memory: what this",
+    ):
+        assert part in text, part
+    profile = tmp_path / "mine.toml"
+    profile.write_text(
+        'summary = "small"\ncompute_capability = "8.9"\nmemory_bytes = 900_000_000\nrecipe = "int4"\n'
+        'bandwidth_bytes_per_second = 1_000\nprecisions = ["bf16"]\nruntimes = ["tensorrt-rtx"]\n'
+    )
+    assert cli.run([*args, "--target", str(profile), "--batch", "4096"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "in use on  mine: 900.0 MB, 1.0 kB/s (small)",
+        "tensorrt-rtx",
+        "does not fit: ",
+        "(layers would have to be",
+    ):
+        assert part in text, part
+    assert cli.run([*args, "--target", "portable"]) == 0
+    text = capsys.readouterr().out
+    assert "in use on  this machine: " in text
+    assert "largest context" in text
 
 
 def test_a_dry_run_prints_the_same_plan(capsys, nano, tmp_path):
@@ -173,6 +251,10 @@ def test_too_little_disk_is_exit_3_after_the_plan(capsys, nano, tmp_path, monkey
         (["--preset", "scout", "--recipe", "int3"], "no recipe 'int3'"),
         (["--preset", "scout", "--recipe", "fp8", "--block-size", "32"], "has no int4 rule"),
         (["--preset", "scout", "--block-size", "48"], "48"),
+        (["CKPT", "--context", "1G"], "not a number of tokens"),
+        (["CKPT", "--context", "11M"], "more than the model's 10,485,760 positions"),
+        (["CKPT", "--target", "h100", "--tensor-parallel", "7"], "does not divide the"),
+        (["CKPT", "--target", "h101"], "unknown target 'h101'"),
     ],
 )
 def test_bad_combinations_are_exit_2(capsys, nano, args, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long is what has over 20 tokens of 128 logits; steps of the artifact have 12 tokens, of the reference 16."""
     monkeypatch.setattr("l4convert.parity.steps.AT_ONCE", 20 * VOCABULARY)
     monkeypatch.setattr("l4convert.parity.steps.STEP_BYTES", 16 * 4 * 2 * 4 * 64)  # 4 experts of 64
-    monkeypatch.setattr("l4convert.runtime.prefill.BUDGET", 12 * VOCABULARY * 4)
+    # The package has a function of the module's name.
+    monkeypatch.setattr(import_module("l4convert.runtime.prefill"), "BUDGET", 12 * VOCABULARY * 4)
 
 
 @pytest.fixture
