@@ -16,10 +16,11 @@ from onnx import numpy_helper
 
 from l4convert import calibrating, cli
 from l4convert.errors import InputError, UsageError
-from l4convert.parity import validate
+from l4convert.parity import Comparison, Metrics, default_policy
+from l4convert.parity.metrics import NO_TARGET
 from l4convert.pipeline import ConvertOptions, PlanOptions, convert, plan_conversion
-from l4convert.quantization.kv import KvScheme
-from l4convert.runtime import OrtSession, read_artifact
+from l4convert.quantization.kv import KvDtype, KvScheme
+from l4convert.runtime import OrtSession, TextTokenizer, read_artifact
 from l4convert.targets import TARGETS
 
 TEXT = "".join(chr(32 + (n * n * 7 + n // 3) % 95) for n in range(600))
@@ -266,21 +267,33 @@ def test_a_recipe_s_own_table_and_options_over_it(checkpoint: Path, text: Path, 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("int8", 4), ("int4", 4), ("fp8", 0.25)])
 def test_a_wrong_scale_breaks_the_policy_and_the_right_one_holds_it(
-    nano: Path, tmp_path: Path, dtype: str, factor: float
+    nano: Path, tmp_path: Path, dtype: KvDtype, factor: float
 ) -> None:
-    """FP8 has room above for a factor of 4, and none below."""
+    """Against the same weights with float caches. FP8 has room above for a factor of 4, and none below."""
     content = (nano.parent / "heldout.txt").read_text()
     (tmp_path / "a.txt").write_text(content[10_000:])
-    out = tmp_path / "out"
-    convert(ConvertOptions(nano, out, recipe="none", kv_dtype=dtype, calibration=tmp_path / "a.txt"))
-
-    def passes() -> bool:
-        return validate(out, nano, text=content[:10_000], tokens=800, window=400).passed
-
-    assert passes()
+    given = {"kv_dtype": dtype, "calibration": tmp_path / "a.txt", "calibration_tokens": 1000}
+    out = convert(ConvertOptions(nano, tmp_path / "out", recipe="none", **given)).output  # type: ignore[arg-type]
+    plain = convert(ConvertOptions(nano, tmp_path / "plain", recipe="none")).output
+    ids = np.array(TextTokenizer.open(nano).encode(content[:10_000])[:500])
+    expected = logits_of(plain, ids)
+    limits = default_policy("none", (), "cpu", kv=KvScheme(dtype)).reference
+    assert not limits.broken_by(compared(expected, logits_of(out, ids), ids))
     model = onnx.load(out / "model.onnx", load_external_data=False)
     for tensor in model.graph.initializer:
         if tensor.name.endswith(("key_scale", "value_scale")):
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
     onnx.save(model, out / "model.onnx")
-    assert not passes()
+    assert any("mean_kl" in line for line in limits.broken_by(compared(expected, logits_of(out, ids), ids)))
+
+
+def logits_of(artifact: Path, ids: np.ndarray) -> np.ndarray:
+    with OrtSession.open(artifact) as session:
+        result: np.ndarray = session.start(1).step(ids[None])[0]
+        return result
+
+
+def compared(expected: np.ndarray, logits: np.ndarray, ids: np.ndarray) -> Metrics:
+    comparison = Comparison()
+    comparison.update(expected, logits, np.append(ids[1:], NO_TARGET))
+    return comparison.result()
