@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from l4convert import pipeline
+from l4convert import conversion
 from l4convert.checkpoint import open_checkpoint
 from l4convert.errors import InputError, UsageError
 from l4convert.graph_passes import CANONICAL_PASSES
@@ -201,7 +201,7 @@ def test_an_output_in_use_is_refused_before_any_work(checkpoint, tmp_path, monke
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("irreplaceable")
-    monkeypatch.setattr(pipeline, "open_checkpoint", lambda path: pytest.fail("the checkpoint was opened"))
+    monkeypatch.setattr(conversion, "open_checkpoint", lambda path: pytest.fail("the checkpoint was opened"))
     for overwrite in (False, True):
         for function in (convert, plan_conversion):
             with pytest.raises(UsageError, match="out"):

@@ -171,10 +171,10 @@ def test_quantization_may_change_numbers_but_not_make_nan(scout, run, caught):
 
 
 def test_a_pass_in_the_table_that_is_broken_stops_the_conversion(scout, tmp_path, monkeypatch):
-    from l4convert import pipeline
+    from l4convert import conversion, pipeline
 
-    first, *others = pipeline.CANONICAL_PASSES
-    monkeypatch.setattr(pipeline, "CANONICAL_PASSES", (dataclasses.replace(first, run=_scale_the_values), *others))
+    first, *others = conversion.CANONICAL_PASSES
+    monkeypatch.setattr(conversion, "CANONICAL_PASSES", (dataclasses.replace(first, run=_scale_the_values), *others))
     options = pipeline.ConvertOptions(scout.path, tmp_path / "out", verify_passes=True)
     with pytest.raises(CheckFailed, match="pass outline_attention: "):
         pipeline.convert(options)
