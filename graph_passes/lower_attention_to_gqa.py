@@ -18,45 +18,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import COMPUTE_TYPES, from_float32, to_float32
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import attention_calls, clean_up, replace_node
+from l4convert.graph_passes.group_query_attention import CONTRIB, Call, Outputs, group_query_attention
 from l4convert.graph_passes.providers import CPU, Provider
 from l4convert.plugins.long_context_attention import definition, kv_cache, quantized
 from l4convert.plugins.long_context_attention.definition import AttentionSpec, Heads, Inputs
-from l4convert.quantization.kv import KV_FORMATS
 from l4convert.quantization.recipe import Recipe
-
-CONTRIB = "com.microsoft"
-Outputs = tuple[ir.Value, ir.Value, ir.Value]
-
-
-class Call(NamedTuple):
-    """One call of the kernel, as the graph around it computes it.
-
-    Attributes:
-        applies: bool [1], whether the kernel can do it.
-        last: int32 [B] or [B,1], the index of each sequence's last slot after the call.
-        total: int32 [], the largest number of slots after the call.
-        held: int64 [B,K], the positions in the slots that are attended to; appended caches only.
-        start: int64 [1], the first of those slots in the past, where that is not the first of all.
-        tables: cos and sin [rows,D/2] in the compute type, where the kernel rotates.
-        masked: The kernel is given a mask.
-    """
-
-    applies: ir.Value
-    last: ir.Value
-    total: ir.Value
-    held: ir.Value | None = None
-    start: ir.Value | None = None
-    tables: tuple[ir.Value, ...] = ()
-    masked: bool = False
 
 
 def run(model: ir.Model, recipe: Recipe, provider: Provider = CPU) -> Outcome:
@@ -79,7 +52,7 @@ def run(model: ir.Model, recipe: Recipe, provider: Provider = CPU) -> Outcome:
 
 def _call(b: Builder, spec: AttentionSpec, inputs: Inputs, provider: Provider) -> Call:
     if spec.kv_cache == "static":
-        call = static_call(b, spec, inputs)
+        call = static_call(b, spec, inputs, provider)
     else:
         call = appended_call(b, spec, inputs, provider.fast_bias or spec.kv_cache == "windowed")
     if spec.rope and _prepares(provider, spec, call):
@@ -181,7 +154,7 @@ def appended_kernel(
     return merged, key, value
 
 
-def static_call(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Call:
+def static_call(b: Builder, spec: AttentionSpec, inputs: Inputs, provider: Provider) -> Call:
     """Static: as above, and every sequence's new tokens fill slots in a row, inside one chunk and inside the buffer.
 
     Lengths are positions, in a chunked layer positions mod C.
@@ -205,12 +178,41 @@ def static_call(b: Builder, spec: AttentionSpec, inputs: Inputs) -> Call:
     shape_allows = b.op("Or", b.op("Or", one_sequence, one_token), b.op("Equal", longest, b.constant(0)))
     applies = b.op("And", b.op("And", fits, contiguous), shape_allows)
     last = b.op("Sub", b.op("Squeeze", end, b.constant([1])), b.constant(1))
-    return Call(applies, last, b.op("Add", longest, new))
+    call = Call(applies, last, b.op("Add", longest, new))
+    if provider.far_tokens is None or spec.chunk_size or spec.kv_dtype != "none":
+        return call
+    far = b.op("And", b.op("And", one_sequence, one_token), b.op("Greater", longest, b.constant(provider.far_tokens)))
+    return call._replace(again=b.op("Cast", far, to=int(ir.DataType.INT64)), past=longest)
 
 
 def static_kernel(b: Builder, spec: AttentionSpec, inputs: Inputs, heads: Heads, call: Call, prepares: bool) -> Outputs:
     """The kernel on buffers it writes in place."""
-    return group_query_attention(b, spec, heads, inputs, call, None, prepares)
+    if call.again is None:
+        return group_query_attention(b, spec, heads, inputs, call, None, prepares)
+    heads = _with_past_again(b, inputs, heads, call)
+    merged, key, value = group_query_attention(b, spec, heads, inputs, call, None, prepares)
+    return b.slice(merged, b.op("Neg", b.dim(inputs.query, 1)), None, axis=1), key, value
+
+
+def _with_past_again(b: Builder, inputs: Inputs, heads: Heads, call: Call) -> Heads:
+    """Put ``call.again`` tokens of the past, one or none, in front of the new ones.
+
+    Their keys and values are written to where they are; their query does not matter, and what comes of it is dropped.
+    """
+    assert call.again is not None
+    assert call.past is not None
+    begin = b.op("Sub", call.past, call.again)
+    end = b.op("Unsqueeze", call.past, b.constant([0]))
+    key, value = (
+        b.op("Transpose", b.slice(past, begin, end, axis=2), perm=[0, 2, 1, 3])
+        for past in (inputs.past_key, inputs.past_value)
+    )
+    query = b.slice(heads.query, b.constant([0]), call.again, axis=1)
+    return heads._replace(
+        query=b.op("Concat", query, heads.query, axis=1),
+        key=b.op("Concat", key, heads.key, axis=1),
+        value=b.op("Concat", value, heads.value, axis=1),
+    )
 
 
 def _bias(b: Builder, spec: AttentionSpec, query_positions: ir.Value, held: ir.Value) -> ir.Value:
@@ -225,57 +227,3 @@ def _all(b: Builder, condition: ir.Value) -> ir.Value:
     """Whether every element of a bool tensor holds: bool [1]."""
     as_int = b.op("Cast", condition, to=int(ir.DataType.INT64))
     return b.op("Equal", b.op("ReduceMin", b.reshape(as_int, [-1]), keepdims=1), b.constant([1]))
-
-
-def group_query_attention(
-    b: Builder,
-    spec: AttentionSpec,
-    heads: Heads,
-    inputs: Inputs,
-    call: Call,
-    bias: ir.Value | None,
-    prepares: bool,
-) -> Outputs:
-    """Append the contrib op.
-
-    Args:
-        inputs: The op's; of the past only the slots that are attended to.
-        bias: [B,1,S,total] added to the scores, or None for plain causal attention.
-        prepares: The op itself rotates and norms query and key.
-    """
-    flat = [b.reshape(x, [0, 0, -1]) for x in (heads.query, heads.key, heads.value)]
-    optional: dict[str, ir.Value | None] = dict.fromkeys(_OPTIONAL)
-    attributes: dict[str, Any] = {}
-    optional["attention_bias"] = bias
-    if prepares and spec.rope:
-        optional["cos_cache"], optional["sin_cache"] = call.tables
-        attributes |= {"do_rotary": 1, "rotary_interleaved": 1}
-    if prepares and spec.qk_norm_eps:
-        ones = b.constant(np.ones(spec.head_dim), COMPUTE_TYPES[spec.compute].numpy())
-        optional["q_norm_weight"] = optional["k_norm_weight"] = ones
-        attributes["qk_norm_epsilon"] = spec.qk_norm_eps
-    if spec.kv_dtype != "none":
-        optional["k_scale"], optional["v_scale"] = inputs.key_scale, inputs.value_scale
-        bits = 8 // KV_FORMATS[spec.kv_dtype].packing
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
-    given = [*flat, inputs.past_key, inputs.past_value, call.last, call.total, *optional.values()]
-    while given[-1] is None:
-        given.pop()
-    outputs = b.node(
-        "GroupQueryAttention",
-        given,
-        outputs=3,
-        domain=CONTRIB,
-        num_heads=spec.num_heads,
-        kv_num_heads=spec.kv_num_heads,
-        scale=spec.scale,
-        **attributes,
-    )
-    return outputs[0], outputs[1], outputs[2]
-
-
-# Inputs 7 and up of the op's schema, in order.
-_OPTIONAL = (
-    *("cos_cache", "sin_cache", "position_ids", "attention_bias", "head_sink", "k_scale", "v_scale"),
-    *("q_norm_weight", "k_norm_weight"),
-)

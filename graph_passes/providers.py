@@ -21,6 +21,7 @@ class Provider:
     Attributes:
         name: As a reader knows it; for messages.
         prepares_heads: GroupQueryAttention applies RoPE and QK norm itself (``do_rotary``, ``q_norm_weight``).
+        far_tokens: After more tokens than this, GroupQueryAttention loses precision in calls of one token; None: never.
         fast_bias: GroupQueryAttention has a fast kernel that adds a mask to the scores. Without one, the kernel is
             taken only where plain causal attention is right.
         head_multiple, max_head_dim: Widths of a head that GroupQueryAttention takes.
@@ -35,6 +36,7 @@ class Provider:
 
     name: str
     prepares_heads: bool = False
+    far_tokens: int | None = None
     fast_bias: bool = True
     head_multiple: int = 8
     max_head_dim: int | None = None
@@ -87,7 +89,9 @@ class Provider:
 
 
 # kv_dtypes: measured (docs/adr/0017). FP8 caches are in the op's schema; "Not implemented" is what the kernel says.
-CPU = Provider("CPU", kv_dtypes=frozenset({"int8", "int4"}))
+# far_tokens: with one token a call, values are added up one after the other in float32 (core/mlas/lib/sgemm.cpp has a
+# kernel of its own for products of one row); of ten million it loses 0.9 % (docs/guides/long-context.md).
+CPU = Provider("CPU", far_tokens=1 << 20, kv_dtypes=frozenset({"int8", "int4"}))
 
 # head_multiple, rotary_multiple: contrib_ops/cpu/bert/group_query_attention_helper.h, which both providers use.
 # max_head_dim: contrib_ops/cuda/bert/group_query_attention_qkv.cuh, the largest instance of UnpackRoPEAppend.

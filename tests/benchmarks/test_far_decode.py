@@ -50,7 +50,7 @@ def test_the_last_position_of_scout(tmp_path: Path) -> None:
     assert far["lengths"] == [10_485_760]
     assert far["cache_bytes"] == {"global": 10_485_760 * 8 * 2 * 4, "chunked": 3 * 8192 * 8 * 2 * 4}
     assert near["error"] <= 1e-5
-    assert far["error"] <= 1e-3  # ONNX Runtime's kernel adds ten million numbers in float32
+    assert far["error"] <= 1e-5
     assert far["same_token"]
     assert far["repeat_error"] <= 1e-6  # the step was undone in between
     # Every million tokens matters: were one left out or seen twice, the error would be of this size.

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from l4convert.graph_passes import PASSES, lower_attention_to_gqa
+from l4convert.graph_passes.providers import CPU
 from l4convert.quantization.recipe import Scheme, load_recipe
 from l4convert.targets import TARGETS
 from tests.graph_passes.mutations import insert_after
@@ -55,6 +56,28 @@ def test_the_kernel_is_what_usually_runs(scout, monkeypatch):
     assert relative_error(after.logits(one, [20, 9]), before.logits(one, [20, 9])) > 1e-3
     assert relative_error(after.logits(two, [1] * 29), before.logits(two, [1] * 29)) > 1e-3
     assert relative_error(after.logits(two, [29]), before.logits(two, [29])) > 1e-3
+
+
+def test_one_token_far_into_a_text_comes_with_the_one_before(scout, monkeypatch):
+    """In static caches of global layers; a wrong token before shows from there on, and the right one does not."""
+    ids, calls = token_ids(1), [5, *[1] * 24]
+
+    def logits(far_tokens):
+        model = prepared(scout, load_recipe("none"), "static")
+        lower_attention_to_gqa.run(model, load_recipe("none"), dataclasses.replace(CPU, far_tokens=far_tokens))
+        return Client(model, scout.config, "static").logits(ids, calls)
+
+    near = logits(None)
+    assert relative_error(logits(9), near) <= 1e-5
+    original = lower_attention_to_gqa._with_past_again
+
+    def wrong(b, inputs, heads, call):
+        return original(b, inputs._replace(past_value=b.op("Neg", inputs.past_value)), heads, call)
+
+    monkeypatch.setattr(lower_attention_to_gqa, "_with_past_again", wrong)
+    far = logits(9)
+    assert relative_error(far[:, :10], near[:, :10]) <= 1e-5
+    assert relative_error(far[:, 10:], near[:, 10:]) > 1e-3
 
 
 # (recipe, layout) -> the contrib ops of the experts; the pass's fired count is their sum.
