@@ -13,7 +13,6 @@ import ctypes
 import json
 import os
 import pickle
-import resource
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any
 
 from l4convert.checkpoint.text import and_more
 from l4convert.emit.engines import PARTIAL_SUFFIX
+from l4convert.emit.memory import peak_resident_bytes
 from l4convert.engine.backend import load_module, set_capability
 from l4convert.engine.log import BuildLog, make_logger
 from l4convert.engine.monitor import Steps, make_monitor
@@ -120,7 +120,7 @@ def build(order: WorkOrder, reporter: Any) -> dict[str, Any]:
             "flags": flags,
             "scratch_bytes": log.scratch_bytes,
             "weights_bytes": log.weights_bytes,
-            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory": peak_resident_bytes(),
         }
 
 

@@ -295,19 +295,20 @@ def test_from_plan_to_artifact_as_a_user_goes(nano, tmp_path):
 
 
 def test_the_largest_model_in_a_process_of_its_own(tmp_path):
-    """Less than a gigabyte, measured from outside as what the process ever held."""
+    """Less than a gigabyte, as what the process ever held."""
     code = (
-        "import resource, sys\n"
+        "import sys\n"
         "from l4convert import cli\n"
+        "from l4convert.emit.memory import peak_resident_bytes\n"
         "code = cli.run(['plan', '--preset', 'behemoth', '--no-measure', '--json', '--tensors'])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "print(peak_resident_bytes(), file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
     done = process("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["tensor_count"] <= len(plan["tensors"])
-    assert int(done.stderr) < 1_000_000  # kilobytes
+    assert int(done.stderr) < 1e9
     assert list(tmp_path.iterdir()) == []
 
 
