@@ -14,12 +14,13 @@ def recipe_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) 
     return fitting or [CompletionItem(incomplete, type="file")]
 
 
-def target_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Offer the rows of the table of targets."""
+def target_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the rows of the table of targets; for a plan, hardware too."""
     from l4convert.targets import TARGETS
 
     fitting = {name: target for name, target in TARGETS.items() if name.startswith(incomplete)}
-    return [CompletionItem(name, help=target.summary) for name, target in fitting.items()]
+    found = [CompletionItem(name, help=target.summary) for name, target in fitting.items()]
+    return found + hardware_names(ctx, param, incomplete) if ctx.command.name == "plan" else found
 
 
 def hardware_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
