@@ -20,7 +20,10 @@ def target_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
     fitting = {name: target for name, target in TARGETS.items() if name.startswith(incomplete)}
     found = [CompletionItem(name, help=target.summary) for name, target in fitting.items()]
-    return found + hardware_names(ctx, param, incomplete) if ctx.command.name == "plan" else found
+    if ctx.command.name != "plan":
+        return found
+    hardware = [item for item in hardware_names(ctx, param, incomplete) if item.value not in fitting]
+    return found + [item for item in hardware if not found or item.type == "plain"]
 
 
 def hardware_names(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

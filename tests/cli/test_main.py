@@ -279,8 +279,8 @@ def test_completion_offers_commands_options_and_values(tmp_path):
     assert complete("l4convert convert --recipe fp8", tmp_path) == ["fp8", "fp8-experts"]
     assert complete("l4convert convert --kv-cache s", tmp_path) == ["static"]
     assert complete("l4convert convert --target p", tmp_path) == ["portable"]
-    assert complete("l4convert convert --target h1", tmp_path) == []
     assert complete("l4convert plan --target h1", tmp_path) == ["h100"]
+    assert complete("l4convert plan --target c", tmp_path) == ["cpu", "cuda"]
 
 
 def test_a_closed_pipe_is_silent():
