@@ -1,7 +1,8 @@
 """Feed a prompt of any length with memory that has a bound.
 
 A step of S tokens over a context of T makes scores of heads x S x T numbers in a layer, and S x vocabulary logits. Both
-stay under :data:`BUDGET`, so that steps become shorter as the context grows. They end at chunk boundaries: a chunked
+stay under :data:`BUDGET`, so that steps become shorter as the context grows, except where the kernel never holds all
+scores at once. They end at chunk boundaries: a chunked
 layer then sees one chunk at a time, which is the case that kernels are made for.
 """
 
@@ -11,25 +12,26 @@ from collections.abc import Callable, Iterator
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.progress import NO_PROGRESS, Progress
-from l4convert.runtime.runner import FloatArray, IntArray, SparingStream, Stream, last_logits
+from l4convert.runtime.runner import FloatArray, IntArray, SelfLimitedStream, SparingStream, Stream, last_logits
 
 #: The most bytes that the scores of one layer, and the logits of one step, may take.
 BUDGET = 512 << 20
 _FLOAT32 = 4
 
 
-def step_limit(config: DecoderConfig, context: int, batch: int = 1) -> int:
+def step_limit(config: DecoderConfig, context: int, batch: int = 1, *, scores: bool = True) -> int:
     """The most tokens to feed at once.
 
     Args:
         config: The model's hyperparameters.
         context: Tokens of a row after the step.
         batch: Rows.
+        scores: Whether all scores of a layer are held at once.
 
     Returns:
         At least 1, even where the scores of a single token take more than :data:`BUDGET`.
     """
-    a_token = batch * max(config.num_attention_heads * context, config.vocab_size) * _FLOAT32
+    a_token = batch * max(scores * config.num_attention_heads * context, config.vocab_size) * _FLOAT32
     return max(1, BUDGET // a_token)
 
 
@@ -72,7 +74,11 @@ def prefill(
         Logits [B, vocabulary] of each row's last token.
     """
     (rows, total), chunk = ids.shape, config.attention_chunk_size
-    limit = chunk if isinstance(stream, SparingStream) else lambda context: step_limit(config, context, rows)
+    limit: int | Callable[[int], int] = lambda context: step_limit(config, context, rows)  # noqa: E731
+    if isinstance(stream, SparingStream):
+        limit = chunk
+    elif isinstance(stream, SelfLimitedStream):
+        limit = stream.step_limit
     done = 0
     with progress.task("Reading the prompt", total=total, unit="tokens") as task:
         for size in prefill_steps(start, total, chunk, limit):

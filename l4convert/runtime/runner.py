@@ -73,6 +73,15 @@ class SparingStream(Protocol):
         ...
 
 
+@runtime_checkable
+class SelfLimitedStream(Protocol):
+    """A stream that knows how many tokens it can take at once in bounded memory."""
+
+    def step_limit(self, context: int) -> int:
+        """The most tokens to append so that a row has ``context`` of them afterwards."""
+        ...
+
+
 def last_logits(stream: Stream, input_ids: IntArray) -> FloatArray:
     """Append tokens [B, S] to a stream, none of them padding; give the logits [B, vocabulary] of each row's last one.
 

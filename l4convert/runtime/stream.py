@@ -56,6 +56,17 @@ class OrtStream:
         """Bytes that the caches hold now: of global layers (``global``) and of chunked ones (``chunked``)."""
         return self._cache.nbytes()
 
+    def step_limit(self, context: int) -> int:
+        """The most tokens to append at once; see :func:`l4convert.runtime.prefill.step_limit`.
+
+        GroupQueryAttention works in blocks where it is given a past, no mask and one row: on static caches that it can
+        read (docs/guides/long-context.md).
+        """
+        info, rows = self._graph.info, len(self._occupancy.lengths)
+        kernel = info.target == "cpu" and (info.kv_scheme is None or info.kv_scheme.dtype != "fp8")
+        blocks = kernel and info.kv_cache == "static" and rows == 1
+        return step_limit(self._config, context, rows, scores=not blocks)
+
     def step(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
         """Append tokens; see :meth:`l4convert.runtime.runner.Stream.step`.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l4convert.checkpoint.presets import SCOUT
+from l4convert.pipeline import ConvertOptions, convert
 from l4convert.runtime import OrtSession, prefill, prefill_steps, step_limit
 from l4convert.runtime.prefill import BUDGET
 from tests.artifacts import KV_CACHES
@@ -53,6 +56,33 @@ def test_steps_of_a_million_tokens_of_scout_shrink_as_the_context_grows() -> Non
     assert max(sizes[-20:]) == 3 == BUDGET // (40 * 1_000_000 * 4)
 
 
+@pytest.mark.parametrize(
+    ("kv_cache", "target", "rows", "blocks"),
+    [
+        ("static", "cpu", 1, True),
+        ("static", "cpu", 2, False),
+        ("static", "portable", 1, False),
+        ("growing", "cpu", 1, False),
+        ("windowed", "cpu", 1, False),
+    ],
+)
+def test_only_where_the_kernel_works_in_blocks_scores_do_not_count(
+    kv_cache: str, target: str, rows: int, blocks: bool, scout_layout: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "artifact"
+    convert(ConvertOptions(scout_layout, out, target=target, recipe="none", kv_cache=kv_cache))
+    with OrtSession.open(out) as session:
+        limit = session.start(rows).step_limit(50_000_000)
+        assert limit == step_limit(session.config, 50_000_000, rows, scores=not blocks)
+    assert (limit > 1000) == blocks
+
+
+class OnlySteps(NamedTuple):
+    """A stream that does not say how many tokens it takes."""
+
+    step: Callable[..., np.ndarray]
+
+
 class Recorder:
     """Progress that only counts."""
 
@@ -83,7 +113,7 @@ def test_a_prompt_in_small_steps_gives_the_logits_of_transformers(
     config = replace(session.config, vocab_size=16)  # so that scores decide
     stream = session.start(2)
     stream.step(rows[:, :3])
-    logits = prefill(stream, rows[:, 3:], config, progress, start=3)
+    logits = prefill(OnlySteps(stream.step), rows[:, 3:], config, progress, start=3)
     assert progress.total == sum(progress.done) == 30
     assert progress.done == [5, 8, 7, 1, 5, 3, 1]
     assert progress.done[-1] < max(progress.done)
