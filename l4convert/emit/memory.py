@@ -65,8 +65,7 @@ def resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.is_file():
         return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return _highest_bytes()
 
 
 def peak_resident_bytes() -> int:
@@ -79,6 +78,11 @@ def peak_resident_bytes() -> int:
         rows = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="replace").splitlines())
         if "VmHWM" in rows:
             return int(rows["VmHWM"].split()[0]) * 1024
+    return _highest_bytes()
+
+
+def _highest_bytes() -> int:
+    """``ru_maxrss``, which every Unix has, in one unit."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -25,11 +25,8 @@ class _Column(Generic[Row]):
     value: Callable[[Row], str]
 
 
-_COLUMNS: tuple[_Column[SplitRow], ...] = (
-    _Column("split", lambda row: row.name),
-    _Column("calls", lambda row: f"{row.calls}"),
-    _Column("tokens", lambda row: f"{row.metrics.tokens}"),
-    _Column("boundaries", lambda row: f"{row.boundaries}"),
+# Of a row of either table.
+_METRICS: tuple[_Column[Any], ...] = (
     _Column("max |d|", lambda row: f"{row.metrics.max_abs_logit:.2e}"),
     _Column("relative", lambda row: f"{row.metrics.max_rel_logit:.2e}"),
     _Column("mean KL", lambda row: f"{row.metrics.mean_kl:.2e}"),
@@ -37,6 +34,14 @@ _COLUMNS: tuple[_Column[SplitRow], ...] = (
     _Column("top-1", lambda row: f"{row.metrics.top1:.4f}"),
     _Column("ppl ref", lambda row: f"{row.metrics.ppl_reference:.3f}"),
     _Column("ppl", lambda row: f"{row.metrics.ppl_artifact:.3f}"),
+)
+
+_COLUMNS: tuple[_Column[SplitRow], ...] = (
+    _Column("split", lambda row: row.name),
+    _Column("calls", lambda row: f"{row.calls}"),
+    _Column("tokens", lambda row: f"{row.metrics.tokens}"),
+    _Column("boundaries", lambda row: f"{row.boundaries}"),
+    *_METRICS,
     _Column("drift KL", lambda row: "" if row.drift is None else f"{row.drift.mean_kl:.1e}"),
     _Column("", lambda row: "pass" if row.passed else "FAIL"),
 )
@@ -44,13 +49,7 @@ _COLUMNS: tuple[_Column[SplitRow], ...] = (
 _LENGTH_COLUMNS: tuple[_Column[LengthRow], ...] = (
     _Column("positions", lambda row: f"{row.start:,}-{row.stop - 1:,}"),
     _Column("tokens", lambda row: f"{row.metrics.tokens}"),
-    _Column("max |d|", lambda row: f"{row.metrics.max_abs_logit:.2e}"),
-    _Column("relative", lambda row: f"{row.metrics.max_rel_logit:.2e}"),
-    _Column("mean KL", lambda row: f"{row.metrics.mean_kl:.2e}"),
-    _Column("p99 KL", lambda row: f"{row.metrics.p99_kl:.2e}"),
-    _Column("top-1", lambda row: f"{row.metrics.top1:.4f}"),
-    _Column("ppl ref", lambda row: f"{row.metrics.ppl_reference:.3f}"),
-    _Column("ppl", lambda row: f"{row.metrics.ppl_artifact:.3f}"),
+    *_METRICS,
 )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+
+from l4convert.progress import Task
 
 VOCABULARY = 128
 CHUNK = 8
@@ -81,3 +84,20 @@ class FakeStream:
         if self._fake.fault is not None:
             self._fake.fault(self._fake, self._rows, logits)
         return logits
+
+
+class Counter:
+    """Progress that only adds up; of one task."""
+
+    def __init__(self) -> None:
+        self.done, self.total = 0.0, 0.0
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "B") -> Iterator[Task]:
+        self.total = total or 0.0
+        yield self
+
+    def advance(self, amount: float) -> None:
+        self.done += amount
+
+    def update(self, description: str) -> None: ...

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from l4convert.parity.lockstep import Pieces
 from l4convert.parity.outcome import TextUsed
 from l4convert.parity.splits import Call, Split, batch_splits, joined, long_splits, row_of, steps
 from l4convert.parity.steps import is_long, longest_at_once, reference_limit, reference_steps
-from l4convert.progress import NO_PROGRESS, Progress, Task
+from l4convert.progress import NO_PROGRESS, Progress
 from l4convert.runtime import ArtifactInfo
 from tests.artifacts import KV_CACHES, write_canonical_artifact
-from tests.parity.fakes import VOCABULARY, Fake, FakeText
+from tests.parity.fakes import VOCABULARY, Counter, Fake, FakeText
 from tests.parity.test_validate import (
     crossing_calls_are_wrong,
     nan_in_third_chunk,
@@ -134,20 +133,6 @@ def test_what_has_one_stream_at_a_time_is_split_on_the_beginning(info: ArtifactI
 @pytest.mark.parametrize("one_stream", [False, True])
 @pytest.mark.usefixtures("small_steps")
 def test_progress_ends_at_its_total(one_stream: bool, info: ArtifactInfo) -> None:
-    class Counter:
-        def __init__(self) -> None:
-            self.done, self.total = 0.0, 0.0
-
-        @contextmanager
-        def task(self, description: str, total: float | None = None, unit: str = "B") -> Iterator[Task]:
-            self.total = total or 0.0
-            yield self
-
-        def advance(self, amount: float) -> None:
-            self.done += amount
-
-        def update(self, description: str) -> None: ...
-
     counter = Counter()
     run(info, progress=counter, one_stream=one_stream)
     assert counter.done == counter.total > 0

@@ -3,8 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,10 @@ from l4convert.parity import ParityReport, Policy, Thresholds, compare, default_
 from l4convert.parity.at_once import spread
 from l4convert.parity.outcome import TextUsed, write_report
 from l4convert.parity.validate import prepare_text
-from l4convert.progress import Task
 from l4convert.runtime import ArtifactInfo
 from tests.artifacts import KV_CACHES, write_canonical_artifact
 from tests.checkpoints import MAVERICK, write_random_checkpoint
-from tests.parity.fakes import CHUNK, Fake, Fault
+from tests.parity.fakes import CHUNK, Counter, Fake, Fault
 from tests.runtime.byte_tokenizer import TEMPLATE, write_tokenizer
 
 ROWS = ["one call", "odd splits", "whole chunks", "token by token", "batch, left padding", "batch, right padding"]
@@ -128,20 +125,6 @@ def test_a_report_of_nothing_does_not_pass(info: ArtifactInfo) -> None:
 
 
 def test_progress_ends_at_its_total(info: ArtifactInfo) -> None:
-    class Counter:
-        def __init__(self) -> None:
-            self.done, self.total = 0.0, 0.0
-
-        @contextmanager
-        def task(self, description: str, total: float | None = None, unit: str = "B") -> Iterator[Task]:
-            self.total = total or 0.0
-            yield self
-
-        def advance(self, amount: float) -> None:
-            self.done += amount
-
-        def update(self, description: str) -> None: ...
-
     counter = Counter()
     ids = np.arange(60)
     used = TextUsed("test", random=False, tokens=60, windows=1, window=60)
