@@ -7,8 +7,9 @@ An op's table is ``variants(head_dims)`` in its ``variants.py``, importable with
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 Constant = int | float | bool | str
@@ -16,8 +17,11 @@ Constant = int | float | bool | str
 # What a library is built for when nothing else is asked: A100, RTX 40 and L40, H100, B200, RTX 50.
 DEFAULT_SMS = (80, 89, 90, 100, 120)
 DEFAULT_HEAD_DIMS = (128,)
-# The ops that have kernels: folder names under plugins/.
-OPS = ("moe", "long_context_attention")
+# The ops that have kernels, and their packages.
+OPS: Mapping[str, str] = {
+    "moe": "l4convert.plugins.moe",
+    "long_context_attention": "l4convert.plugins.long_context_attention",
+}
 # Shared memory that one block may have, in bytes (CUDA C++ Programming Guide, table "Technical Specifications per
 # Compute Capability"), and the tuned relative whose choices fit an SM that has none of its own.
 SHARED_LIMIT = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448}
@@ -79,11 +83,14 @@ class Variant:
         )
 
 
-def gather(head_dims: Sequence[int] = DEFAULT_HEAD_DIMS, ops: Iterable[str] = OPS) -> dict[str, tuple[Variant, ...]]:
-    """Every op's variants, by the op's folder name."""
+def gather(
+    head_dims: Sequence[int] = DEFAULT_HEAD_DIMS, ops: Mapping[str, str] = OPS
+) -> dict[str, tuple[Variant, ...]]:
+    """Every op's variants, by the op's key in ``ops``."""
     found = {
-        op: tuple(importlib.import_module(f"l4convert.plugins.{op}.variants").variants(head_dims=tuple(head_dims)))
-        for op in ops
+        op: tuple(importlib.import_module(f"{package}.variants").variants(head_dims=tuple(head_dims)))
+        for op, package in ops.items()
+        if importlib.util.find_spec(f"{package}.variants")  # until both ops have theirs
     }
     names = Counter(variant.name for variants in found.values() for variant in variants)
     twice = [name for name, count in names.items() if count > 1]
