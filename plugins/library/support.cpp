@@ -6,10 +6,9 @@
 
 #include "../long_context_attention/plugin.h"
 #include "../moe/plugin.h"
-#include "api.h"
 #include "driver.h"
-#include "kernels.h"
 #include "logging.h"
+#include "lookup.h"
 
 namespace l4convert {
 namespace {
