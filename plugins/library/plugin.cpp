@@ -23,6 +23,12 @@ constexpr std::int32_t kFailed = 1;
 // No GPU has more (RTX PRO 6000 Blackwell: 188).
 constexpr int kMostMultiprocessors = 192;
 
+// A message that begins with the plugin's name, as those of the launch code may do by themselves.
+std::string named(const char* plugin, const Status& status) {
+  const std::string prefix = std::string(plugin) + ": ";
+  return status.compare(0, prefix.size(), prefix) == 0 ? status : prefix + status;
+}
+
 // The symbol's numbers in shapes, the largest of each where tensors disagree: what TensorRT knows of the largest sizes
 // of tensors between layers are bounds.
 Sizes largest(const std::vector<Tensor>& tensors, const DynamicPluginTensorDesc* given) {
@@ -203,7 +209,7 @@ Status Plugin::sizes_of(const PluginTensorDesc* inputs, const PluginTensorDesc* 
 
 std::int32_t Plugin::done(const Status& status) const noexcept {
   if (status.empty()) return 0;
-  report(Severity::kERROR, std::string(kind_.name) + ": " + status);
+  report(Severity::kERROR, named(kind_.name, status));
   return kFailed;
 }
 
@@ -218,8 +224,8 @@ IPluginV3* Creator::createPlugin(const char* name, const nvinfer1::PluginFieldCo
     std::unique_ptr<Plugin> plugin;
     Status status = create(fields, phase, plugin);
     if (status.empty()) return plugin.release();
-    std::string layer = name == nullptr || *name == '\0' ? "" : std::string(" ") + name;
-    report(Severity::kERROR, kind_.name + layer + ": " + status);
+    const bool unnamed = name == nullptr || *name == '\0';
+    report(Severity::kERROR, (unnamed ? "" : std::string(name) + ": ") + named(kind_.name, status));
     return nullptr;
   });
 }

@@ -9,9 +9,6 @@ namespace {
 
 using nvinfer1::DataType;
 
-// Sequences of a call that workspace is computed for one by one: smaller batches are divided among more blocks each.
-constexpr std::int64_t kBatchesLookedAt = 1024;
-
 DataType cache_type(const l4_attention& attention, DataType compute) {
   return attention.kv_dtype == L4_KV_FP8    ? DataType::kFP8
          : attention.kv_dtype == L4_KV_INT8 ? DataType::kINT8
@@ -63,14 +60,7 @@ class LongContextAttention final : public Op {
   }
 
   std::size_t workspace(const Sizes& most, int multiprocessors) const override {
-    std::size_t bytes = 0;
-    const std::int64_t batches = std::min(most['B'], kBatchesLookedAt);
-    for (std::int64_t batch = 1; batch <= batches; ++batch) {
-      bytes = std::max({bytes, workspace_of(most, batch, 1, multiprocessors),
-                        workspace_of(most, batch, most['S'], multiprocessors)});
-    }
-    return std::max({bytes, workspace_of(most, most['B'], 1, multiprocessors),
-                     workspace_of(most, most['B'], most['S'], multiprocessors)});
+    return workspace_bytes(attention_, shape_of(most), multiprocessors);
   }
 
   Status enqueue(Launcher& launcher, const Sizes& sizes, const void* const* inputs, void* const* outputs,
@@ -86,7 +76,7 @@ class LongContextAttention final : public Op {
     buffers.value_scale = take(attention_.kv_dtype != L4_KV_NONE);
     buffers.attention = outputs[0], buffers.present_key = outputs[1], buffers.present_value = outputs[2];
     buffers.workspace = workspace;
-    return l4convert::enqueue(launcher, attention_, shape_of(sizes, sizes['B'], sizes['S']), buffers);
+    return l4convert::enqueue(launcher, attention_, shape_of(sizes), buffers);
   }
 
   std::vector<Sizes> probes() const override {
@@ -102,11 +92,8 @@ class LongContextAttention final : public Op {
   }
 
  private:
-  l4_attention_shape shape_of(const Sizes& sizes, std::int64_t batch, std::int64_t new_tokens) const {
-    return {batch, new_tokens, sizes['T'], sizes['M'], attention_.rope ? sizes['R'] : 0};
-  }
-  std::size_t workspace_of(const Sizes& most, std::int64_t batch, std::int64_t new_tokens, int multiprocessors) const {
-    return workspace_bytes(attention_, shape_of(most, batch, new_tokens), multiprocessors);
+  l4_attention_shape shape_of(const Sizes& sizes) const {
+    return {sizes['B'], sizes['S'], sizes['T'], sizes['M'], attention_.rope ? sizes['R'] : 0};
   }
 
   l4_attention attention_;

@@ -26,7 +26,7 @@ nvinfer1::PluginField& field_of(Collection& fields, const std::string& name) {
 
 std::string faces(const Library& library, const Case& given) {
   const PluginPointer plugin = create(library, given, given.attributes);
-  if (plugin == nullptr) return refusal(library, false, "") + " " + silence(library);
+  if (plugin == nullptr) return "is refused: " + silence(library);
   const Faces found(*plugin);
   if (found.core == nullptr || found.build == nullptr || found.runtime == nullptr) return "has not all three faces";
   if (plugin->getCapabilityInterface(static_cast<nvinfer1::PluginCapabilityType>(9)) != nullptr) {
@@ -218,7 +218,7 @@ std::string identities(const Library& library, const Case& given) {
 
 }  // namespace
 
-void check_creation(const Library& library, const Case& given, Report& report) {
+bool check_creation(const Library& library, const Case& given, Report& report) {
   struct Entry {
     const char* name;
     std::string (*run)(const Library&, const Case&);
@@ -235,10 +235,12 @@ void check_creation(const Library& library, const Case& given, Report& report) {
                            {"clone, attach, outlive", clones},
                            {"timing cache id, metadata", identities}};
   for (const Entry& entry : entries) {
+    library.logger().take();
     const std::string wrong = entry.run(library, given);
     report.add(given.name, entry.name, wrong);
-    if (&entry == entries && !wrong.empty()) return;  // the others need a plugin
+    if (&entry == entries && !wrong.empty()) return false;  // the others need a plugin
   }
+  return true;
 }
 
 }  // namespace l4convert::conformance

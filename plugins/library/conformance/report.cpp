@@ -33,16 +33,26 @@ int Report::failed() const {
       std::count_if(checks_.begin(), checks_.end(), [](const Check& check) { return !check.wrong.empty(); }));
 }
 
+// A line a check, over all cases; cases that fail have lines of their own.
 std::string Report::table() const {
-  std::size_t subject = 0, name = 0;
+  std::vector<std::string> names;
+  std::size_t width = 0;
   for (const Check& check : checks_) {
-    subject = std::max(subject, check.subject.size());
-    name = std::max(name, check.name.size());
+    width = std::max(width, check.name.size());
+    if (std::find(names.begin(), names.end(), check.name) == names.end()) names.push_back(check.name);
   }
   std::string text;
-  for (const Check& check : checks_) {
-    text += padded(check.subject, subject) + "  " + padded(check.name, name) + "  " +
-            (check.wrong.empty() ? "ok" : check.wrong) + "\n";
+  for (const std::string& name : names) {
+    int passed = 0, all = 0;
+    std::string wrong;
+    for (const Check& check : checks_) {
+      if (check.name != name) continue;
+      ++all;
+      passed += check.wrong.empty() ? 1 : 0;
+      if (!check.wrong.empty()) wrong += "  " + check.subject + ": " + check.wrong + "\n";
+    }
+    text += padded(name, width) + "  " + (passed == all ? "ok" : "FAILED") + "  " + std::to_string(passed) + " of " +
+            std::to_string(all) + "\n" + wrong;
   }
   return text + std::to_string(checks_.size()) + " checks, " + std::to_string(failed()) + " failed\n";
 }
