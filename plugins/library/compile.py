@@ -28,7 +28,7 @@ from l4convert.plugins.library.variants import OPS, Variant
 from l4convert.progress import NO_PROGRESS, Progress
 
 # Changes whenever a cached cubin of an earlier version of this file must not be used any more.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _compile(job: Job, cache_dir: Path) -> str | None:
     return problem
 
 
-def _run_triton(job: Job):  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton's CompiledKernel has no stub
+def _run_triton(job: Job):  # type: ignore[no-untyped-def]
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
