@@ -13,13 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import Derived, LazyTensor, pack_rows
+from l4convert.quantization import native
 
 ZERO_POINT = 8
 # Two's complement nibbles become offset ones, and back, by flipping their upper bit; both nibbles of a byte at once.
 _FLIP = np.uint8(0x88)
-# Reordered together, so that temporaries stay in a core's cache.
-_CACHED_BYTES = 1 << 17
-# Joined to words together, for the same reason.
+# Joined to words together, so that temporaries stay in a core's cache.
 _JOINED_COLUMNS = 256
 
 
@@ -124,32 +123,10 @@ def reorder_nibbles(packed: np.ndarray, group: int, order: Sequence[int]) -> np.
     Returns:
         uint8 of the same shape.
     """
-    nibbles = np.asarray(order)
-    groups = packed.reshape(-1, group // 2)
-    result = np.empty_like(groups)
-    step = max(1, _CACHED_BYTES // groups.shape[1])
-    for start in range(0, len(groups), step):
-        some = groups[start : start + step]
-        low, high = (_nibbles(some, nibbles[half::2]) for half in (0, 1))
-        np.bitwise_or(low, high << 4, out=result[start : start + step].view("<u2"))
-    return result.reshape(packed.shape)
-
-
-def _nibbles(groups: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Chosen codes of packed groups, one in the low nibble of each byte, two bytes an element: uint16 [G, n / 2].
-
-    Where two codes that follow each other are a stored byte, that byte is spread over the element: seven times as fast.
-    """
-    if not (order[0::2] % 2).any() and (order[1::2] == order[0::2] + 1).all():
-        first = order[0] // 2
-        run = slice(first, first + len(order) // 2)
-        whole = (np.diff(order) == 1).all()
-        wide = (groups[:, run] if whole else groups[:, order[0::2] // 2]).astype(np.uint16)
-        spread: np.ndarray = (wide | (wide << 4)) & 0x0F0F
-        return spread
-    shifts = (4 * (order % 2)).astype(np.uint8)
-    chosen = (groups[:, order // 2] >> shifts) & 0x0F
-    return np.ascontiguousarray(chosen).view("<u2")
+    if native.AVAILABLE and group == native.REORDERED:
+        return native.reorder(packed, order)
+    codes = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1, group)
+    return pack_rows(codes[:, list(order)]).reshape(packed.shape)
 
 
 def unpack_matmul_nbits(packed: np.ndarray, cols: int) -> np.ndarray:
@@ -195,8 +172,6 @@ class _Words(Derived):
 
 
 class _OrderedWords(Derived):
-    """A nibble a slot; the codes of both nibbles of a byte come from known nibbles of the group's stored bytes."""
-
     def __init__(self, values: LazyTensor, group: int, order: Sequence[int]) -> None:
         batch, rows, cols = values.matrix
         super().__init__([values], ir.DataType.INT32, [*values.dims[:-1], cols // 8], (batch, rows, cols // 8))

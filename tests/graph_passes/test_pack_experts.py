@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -124,6 +126,5 @@ def test_weights_that_are_changed_after_they_were_dequantized_are_left(scout):
 
 def test_another_order_of_codes_is_another_layout():
     """A plugin tells words of another order by the version alone."""
-    assert (LAYOUT, layout.GROUP) == (1, 64)
-    assert list(layout.K_ORDER[0::2]) == list(range(32))
-    assert list(layout.K_ORDER[1::2]) == list(range(32, 64))
+    digest = zlib.crc32(bytes(layout.K_ORDER))
+    assert {LAYOUT: (layout.GROUP, digest)} == {1: (64, 98340247)}
