@@ -10,7 +10,7 @@ EXTRAS := dev,reference
 # Compiled into the editable package when it is installed.
 KERNELS := $(wildcard l4convert/quantization/native*.cpp l4convert/quantization/native*.h)
 
-.PHONY: help venv test lint format demo gpu gpu-environment clean
+.PHONY: help venv test lint format demo plugins gpu gpu-environment clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -41,6 +41,9 @@ format: $(STAMP) ## Rewrite the sources to the project's format
 
 demo: $(STAMP) ## Convert the bundled model to INT4 and FP8, validate both, generate text
 	$(BIN)/python examples/01_convert_nano_scout/run.py
+
+plugins: $(STAMP) ## Build the library of GPU kernels and TensorRT plugins into build/plugins (no GPU needed)
+	$(BIN)/l4convert plugins build --output build/plugins --cache build/plugins/cache --overwrite $(ARGS)
 
 # A Python that has torch with CUDA, Triton and the rest already is used as it is: no network is needed then. Otherwise
 # everything goes into $(VENV).

@@ -21,13 +21,11 @@ from l4convert.plugins.library.compile import Compiled, Job, compile_all, is_cac
 from l4convert.plugins.library.resources import Resources, Table
 from l4convert.plugins.library.tables import write_sources
 from l4convert.plugins.library.tools import Tools, find_tools
-from l4convert.plugins.library.variants import DEFAULT_HEAD_DIMS, DEFAULT_SMS, OPS, gather
+from l4convert.plugins.library.variants import DEFAULT_HEAD_DIMS, DEFAULT_SMS, KNOWN_SMS, OPS, gather
 from l4convert.progress import NO_PROGRESS, Progress
 
 SOURCES = Path(__file__).resolve().parent
 LIBRARY = "libl4convert_plugins.so"
-# Compute capabilities that Triton's ptxas has an architecture for.
-KNOWN_SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 
 def cache_folder() -> Path:

@@ -17,6 +17,8 @@ Constant = int | float | bool | str
 # What a library is built for when nothing else is asked: A100, RTX 40 and L40, H100, B200, RTX 50.
 DEFAULT_SMS = (80, 89, 90, 100, 120)
 DEFAULT_HEAD_DIMS = (128,)
+# Compute capabilities that the ptxas of Triton 3.6 has an architecture for, from A100 on.
+KNOWN_SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 # The ops that have kernels, and their packages.
 OPS: Mapping[str, str] = {
     "moe": "l4convert.plugins.moe",

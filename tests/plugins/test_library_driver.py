@@ -8,10 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from l4convert.errors import DeviceError
 from l4convert.plugins.library import native
 from tests.plugins.conftest import DEMO
-from tests.plugins.interpreter import DeviceBuffer, Fault
+from tests.plugins.interpreter import DeviceBuffer
 from tests.plugins.stand_in import StandIn
 
 BF16 = ml_dtypes.bfloat16

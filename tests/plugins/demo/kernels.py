@@ -1,4 +1,4 @@
-"""A kernel that uses what the ops' kernels use: a nested function, a loop, a dot, casts, integer and float arguments."""
+"""A kernel that uses what the ops' kernels use: a nested function, a loop, a dot, casts, all kinds of arguments."""
 
 from __future__ import annotations
 
