@@ -50,7 +50,7 @@ plugins: $(STAMP) ## Build the library of GPU kernels and TensorRT plugins into 
 gpu: ## Check and time kernels, engines and the CUDA provider on the GPU of this machine (exit 5 where there is none)
 	@$(GPU_PYTHON) benchmarks/gpu_environment.py --probe
 	@if $(GPU_PYTHON) benchmarks/gpu_environment.py --ready; \
-	then PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(ARGS); \
+	then PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu.py $(ARGS); \
 	else $(MAKE) --no-print-directory gpu-environment && $(BIN)/python benchmarks/gpu.py $(ARGS); fi
 
 gpu-environment: $(STAMP)

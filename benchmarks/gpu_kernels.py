@@ -94,7 +94,8 @@ def measure(gpu: Gpu, plugins: Path | None, only: str, seed: int) -> Part:
     checked = correctness(torch, kernels, only, seed)
     limits, measured = machine_limits(torch)
     rows = [row for row in ROWS if only in row.name]
-    timed = list(Bench(torch, kernels, limits, properties.L2_cache_size).measured(rows, say))
+    bench = Bench(torch, kernels, limits, properties.total_memory, properties.L2_cache_size)
+    timed = list(bench.measured(rows, say))
     note = f"{library.name}, l4convert {kernels.library.version}, SM {sm}. Times of one call, median; random weights."
     content = {
         "library": kernels.library.version, "sm": sm, "seed": seed, "limits": measured,

@@ -44,7 +44,7 @@ def build_for(sm: int) -> Path:
         NotBuilt: The build failed; with its error.
     """
     output = BUILT / f"sm{sm}"
-    arguments = ["plugins", "build", "--sm", sm, "--output", output, "--overwrite", "--jobs", os.cpu_count() or 1]
+    arguments = ["plugins", "build", "--sm", sm, "--output", output, "--cache", BUILT / "cache", "--overwrite"]
     command = [sys.executable, "-m", "l4convert", *map(str, arguments)]
     # Kernels that were decorated under the interpreter cannot be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

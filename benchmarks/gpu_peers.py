@@ -104,10 +104,10 @@ class TorchMoe:
         )
 
 
-def can_scale(torch: Any) -> bool:
+def can_scale(torch: Any, device: str) -> bool:
     """Whether FP8 products with a scale a row and a column run here: some GPUs and versions of torch refuse them."""
-    codes = torch.ones(32, 32, device="cuda").to(torch.float8_e4m3fn)
-    scale = torch.ones(32, 1, device="cuda")
+    codes = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(32, 1, device=device)
     try:
         torch._scaled_mm(  # noqa: SLF001 - likewise
             codes, codes.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16

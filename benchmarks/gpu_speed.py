@@ -81,11 +81,12 @@ def aims(result: Timed, limits: Limits, others: Mapping[str, Timed]) -> dict[str
 class Bench:
     """Measures rows, one after the other; the weights of a layer are made once for all of its rows."""
 
-    def __init__(self, torch: Any, kernels: Kernels, limits: Limits, cache: int) -> None:
-        """``cache``: bytes of the L2 cache."""
-        self.torch, self.kernels, self.limits, self.cache = torch, kernels, limits, cache
-        self.maker = Maker(torch, "cuda")
-        self.scales_fp8 = can_scale(torch)
+    def __init__(self, torch: Any, kernels: Kernels, limits: Limits, memory: int, cache: int) -> None:
+        """``memory``, ``cache``: bytes of the device, and of its L2 cache."""
+        self.torch, self.kernels, self.limits = torch, kernels, limits
+        self.memory, self.cache = memory, cache
+        self.maker = Maker(torch, kernels.device)
+        self.scales_fp8 = can_scale(torch, kernels.device)
         self._layer: tuple[Any, Weights, TorchMoe, Session | str] | None = None
 
     def measured(self, rows: Iterable[Row], say: Callable[[str], None]) -> Iterator[Timed]:
@@ -96,8 +97,7 @@ class Bench:
 
     def _guarded(self, row: Row) -> Timed:
         torch = self.torch
-        total = torch.cuda.get_device_properties(0).total_memory
-        if row.memory + SPARE > total:
+        if row.memory + SPARE > self.memory:
             return Timed(row, problem=f"not measured: needs {(row.memory + SPARE) / 1e9:.0f} GB")
         if isinstance(row, MoeRow) and row.experts.weights == "fp8" and self.kernels.sm < 89:
             return Timed(row, problem="not measured: FP8 products need SM 89")

@@ -147,7 +147,7 @@ def test_a_command_s_error_is_the_row_s(tmp_path: Path) -> None:
 def test_a_backend_that_is_missing_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     reply = SimpleNamespace(returncode=5, stdout="", stderr="error: tensorrt_rtx is not installed: pip install x\n")
     monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: reply)
-    with pytest.raises(gpu.Unfit, match="^tensorrt_rtx is not installed: pip install x$"):
+    with pytest.raises(gpu.Unfit, match=r"^tensorrt_rtx is not installed: pip install x$"):
         gpu.l4convert("build", "out")
 
 
