@@ -74,7 +74,7 @@ def command() -> None:
 def build(ctx: click.Context, /, *, dry_run: bool, update_resources: bool, **values: Any) -> None:
     """Compile the kernels and link libl4convert_plugins.so; no GPU, CUDA or TensorRT is needed."""
     from l4convert.plugins.library import build as library
-    from l4convert.plugins.library.resources import write_table
+    from l4convert.plugins.library.resources import make_table, write_table
 
     settings = settings_of(ctx)
     options = _options(**values)
@@ -87,7 +87,7 @@ def build(ctx: click.Context, /, *, dry_run: bool, update_resources: bool, **val
         return
     built = library.build(options, settings.progress())
     if update_resources:
-        write_table(library.table_of(built.kernels))
+        write_table(make_table((k.job.variant.name, k.job.sm, k.resources) for k in built.kernels))
     settings.emit("plugins.build", _payload(built), _text(built), summary=True)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from l4convert.errors import InputError, UsageError
 from l4convert.plugins.library.compile import Compiled, Job, compile_all, is_cached, jobs_of
-from l4convert.plugins.library.resources import Resources, Table
+from l4convert.plugins.library.resources import Resources
 from l4convert.plugins.library.tables import write_sources
 from l4convert.plugins.library.tools import Tools, find_tools
 from l4convert.plugins.library.variants import DEFAULT_HEAD_DIMS, DEFAULT_SMS, KNOWN_SMS, OPS, gather
@@ -129,17 +129,9 @@ def build(options: BuildOptions, progress: Progress = NO_PROGRESS) -> Built:
     return Built(options.library, tuple(kernels), compiled, tools)
 
 
-def table_of(kernels: Sequence[Compiled]) -> Table:
-    """The resources of what was built, as the committed table has them."""
-    table: Table = {}
-    for kernel in kernels:
-        table.setdefault(kernel.job.variant.name, {})[str(kernel.job.sm)] = kernel.resources
-    return table
-
-
 def _placeholder(job: Job) -> Compiled:
     warps = job.variant.num_warps
-    resources = Resources(registers=0, spills=0, shared=0, tensor_memory=0, blocks=0)
+    resources = Resources(registers=0, spills=0, shared=0, blocks=0)
     return Compiled(job, f"placeholder of {job.text}".encode(), job.variant.kernel, warps, resources)
 
 

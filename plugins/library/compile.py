@@ -28,7 +28,7 @@ from l4convert.plugins.library.variants import OPS, Variant
 from l4convert.progress import NO_PROGRESS, Progress
 
 # Changes whenever a cached cubin of an earlier version of this file must not be used any more.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,12 @@ class Resources:
         registers: Of a thread.
         spills: Bytes a thread keeps in local memory because registers did not suffice (stack and local).
         shared: Bytes of shared memory of a block.
-        tensor_memory: Columns of tensor memory of a block (SM 100).
         blocks: Blocks that fit a multiprocessor at once: its occupancy.
     """
 
     registers: int
     spills: int
     shared: int
-    tensor_memory: int
     blocks: int
 
 
@@ -70,7 +68,16 @@ Table = dict[str, dict[str, Resources]]  # variant, SM as text
 
 
 def read_resources(image: bytes, symbol: str, sm: int, shared: int, warps: int, tensor_memory: int = 0) -> Resources:
-    """What ``cuobjdump`` (it comes with Triton) says of a cubin, beside what the compiler reported."""
+    """What ``cuobjdump`` (it comes with Triton) says of a cubin, beside what the compiler reported.
+
+    Args:
+        image: The cubin.
+        symbol: The kernel in it.
+        sm: What it was compiled for.
+        shared: Bytes of shared memory that a launch asks for.
+        warps: Warps of a block.
+        tensor_memory: Columns of tensor memory of a block (SM 100).
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(image)
         file.flush()
@@ -83,7 +90,7 @@ def read_resources(image: bytes, symbol: str, sm: int, shared: int, warps: int, 
     # From SM 90 on the system's own part is written into the cubin.
     shared += max(0, static - RESERVED_SHARED) if sm >= 90 else static
     blocks = occupancy(sm, registers, shared, warps, tensor_memory)
-    return Resources(registers, stack + local, shared, tensor_memory, blocks)
+    return Resources(registers, stack + local, shared, blocks)
 
 
 def occupancy(sm: int, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
@@ -112,6 +119,14 @@ def check_limits(resources: Resources, sm: int) -> str | None:
     if resources.blocks == 0:
         return f"not one block fits a multiprocessor ({resources.registers} registers a thread)"
     return None
+
+
+def make_table(rows: Iterable[tuple[str, int, Resources]]) -> Table:
+    """A table from rows of variant, SM and resources."""
+    table: Table = {}
+    for name, sm, resources in rows:
+        table.setdefault(name, {})[str(sm)] = resources
+    return table
 
 
 def read_table(path: Path = TABLE) -> Table:

@@ -29,3 +29,22 @@ def scaled_product(
         total = tl.dot(left, right, total)
     address = y + row[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(address, (total + bias).to(tl.bfloat16), mask=row[:, None] < rows)
+
+
+@triton.jit
+def convert(x, bf16, fp16, fp8, sums, COUNT: tl.constexpr):
+    """A float32 in every type that the ops store, and the sum of what was stored."""
+    index = tl.arange(0, COUNT)
+    value = tl.load(x + index)
+    tl.store(bf16 + index, value.to(tl.bfloat16))
+    tl.store(fp16 + index, value.to(tl.float16))
+    tl.store(fp8 + index, value.to(tl.float8e4nv))
+    tl.store(sums, tl.sum(value.to(tl.bfloat16).to(tl.float32)))
+
+
+@triton.jit
+def add_bfloat16(x, y, COUNT: tl.constexpr):
+    """What the interpreter cannot do."""
+    index = tl.arange(0, COUNT)
+    value = tl.load(x + index)
+    tl.store(y + index, value + value)
