@@ -1,0 +1,158 @@
+"""Random calls that every kernel is checked with: ragged, at the edges of chunks, with all that a variant can have.
+
+A group is one row of the table: an op in one form of weights or cache and one compute type. Its cases are drawn anew
+from a seed. Sizes come from a :class:`Scale`, so that the same code checks a GPU and the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from roofline import Attention, Experts
+
+from l4convert.plugins.long_context_attention.definition import AttentionSpec
+from l4convert.plugins.moe.definition import MoESpec
+
+Compute = Literal["bfloat16", "float16"]
+LAST_POSITION = 10_485_759  # of Scout
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the cases are.
+
+    Attributes:
+        tokens: T of the MoE's cases.
+        experts: E is drawn from these; ``widths``: H and I, multiples of 128.
+        head_dim: D; ``key_heads``: Hk is drawn from these, Hq is five times that, as in Llama 4.
+        chunk: C of chunked layers.
+        lengths: Tokens in the cache before a call, at most, in global layers; in chunked ones the edges of chunks, too.
+        new: Tokens of a call, at most.
+    """
+
+    tokens: tuple[int, ...] = (1, 2, 7, 8, 16, 17, 63, 64, 65, 200, 1031)
+    experts: tuple[int, ...] = (4, 16, 128)
+    widths: tuple[int, ...] = (128, 256, 384, 640)
+    head_dim: int = 128
+    key_heads: tuple[int, ...] = (1, 2, 8)
+    chunk: int = 256
+    lengths: int = 3000
+    new: int = 700
+
+
+@dataclass(frozen=True)
+class MoeCase:
+    """One call of the MoE; ``chosen``: int [T,K], each token's experts."""
+
+    experts: Experts
+    spec: MoESpec
+    chosen: np.ndarray
+
+    def __str__(self) -> str:
+        spec = self.spec
+        sizes = f"E {spec.num_experts}, H {spec.hidden_size}, I {spec.intermediate_size}, top {spec.top_k}"
+        return f"{len(self.chosen)} tokens to {len(np.unique(self.chosen))} experts, {sizes}"
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One call of the attention; ``positions``: int64 [B,T], -1 is padding, the last ``new`` are new."""
+
+    layer: Attention
+    spec: AttentionSpec
+    positions: np.ndarray
+    new: int
+    slots: int
+
+    def __str__(self) -> str:
+        last = ", ".join(str(row[-self.new :].max()) for row in self.positions)
+        heads = f"{self.spec.num_heads}:{self.spec.kv_num_heads} heads"
+        return f"{self.new} new to position {last}, {self.slots} slots, {heads}, C {self.spec.chunk_size}"
+
+
+Case = MoeCase | AttentionCase
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row of cases; ``least_sm``: the oldest GPU that has its kernels."""
+
+    name: str
+    cases: tuple[Case, ...]
+    least_sm: int = 80
+
+
+def groups(scale: Scale, seed: int = 0) -> Iterator[Group]:
+    """All of them: every form of weights and of caches in both compute types."""
+    rng = np.random.default_rng(seed)
+    computes: tuple[Compute, ...] = ("bfloat16", "float16")
+    for compute in computes:
+        for weights, block in (("int4", 32), ("int4", 64), ("int4", 128), ("fp8", 0), ("plain", 0)):
+            name = f"MoE {weights}{f' block {block}' if block else ''} {compute}"
+            cases = tuple(moe_case(rng, scale, weights, block, compute, tokens) for tokens in scale.tokens)
+            yield Group(name, cases, 89 if weights == "fp8" else 80)
+    for compute in computes:
+        for kv in ("none", "fp8", "int8"):
+            cache = compute if kv == "none" else kv
+            for kind in ("chunked", "global"):
+                cases = tuple(attention_cases(rng, scale, kind, kv, compute))
+                yield Group(f"{kind} attention {compute}, {cache} cache", cases)
+
+
+def moe_case(
+    rng: np.random.Generator, scale: Scale, weights: str, block: int, compute: Compute, tokens: int
+) -> MoeCase:
+    """Random sizes; tokens choose at random, all the same, or each another one."""
+    count, top_k = int(rng.choice(scale.experts)), int(rng.integers(1, 3))
+    hidden, width = (int(size) for size in rng.choice(scale.widths, 2))
+    experts = Experts(count, hidden, width, top_k, weights, block)
+    first = {
+        "random": rng.integers(0, count, tokens),
+        "one": np.full(tokens, rng.integers(count)),
+        "spread": np.arange(tokens) % count,
+    }[str(rng.choice(["random", "one", "spread"]))]
+    chosen = (first[:, None] + np.arange(top_k) * int(rng.integers(1, count))) % count
+    activations: Literal["", "fp8"] = "fp8" if weights == "fp8" else ""
+    return MoeCase(experts, MoESpec(count, hidden, width, top_k, activations, compute), chosen)
+
+
+def attention_cases(
+    rng: np.random.Generator, scale: Scale, kind: str, kv: str, compute: Compute
+) -> Iterator[AttentionCase]:
+    """Single tokens and long calls, of one sequence and of ragged batches; chunked: around C, and at the end."""
+    chunk = scale.chunk if kind == "chunked" else 0
+    edges = [chunk - 2, chunk - 1, chunk, chunk + 1] if chunk else [0, 1, scale.lengths]
+    for new in (1, int(rng.integers(2, 20)), scale.new):
+        for past in edges:
+            yield attention_case(rng, scale, chunk, kv, compute, [past], new)
+        ragged = rng.integers(0, scale.lengths, 5).tolist()
+        yield attention_case(rng, scale, chunk, kv, compute, ragged, new)
+    if chunk:  # a global layer's cache would not fit
+        yield attention_case(rng, scale, chunk, kv, compute, [LAST_POSITION], 1)
+
+
+def attention_case(
+    rng: np.random.Generator, scale: Scale, chunk: int, kv: str, compute: Compute, past: list[int], new: int
+) -> AttentionCase:
+    """Sequences with ``past`` tokens in the cache; all but the first get fewer new ones, with padding around them."""
+    key_heads = int(rng.choice(scale.key_heads))
+    layer = Attention(5 * key_heads, key_heads, scale.head_dim, chunk, kv)
+    positions = np.full((len(past), max(past) + new), -1, np.int64)
+    for row, length in enumerate(past):
+        count = new if row == 0 else int(rng.integers(0, new + 1))
+        begin = positions.shape[1] - new + int(rng.integers(0, new - count + 1))
+        positions[row, :length] = np.arange(length)
+        positions[row, begin : begin + count] = np.arange(length, length + count)
+    needed = int(positions.max()) + 1
+    slots = chunk + 16 * int(rng.integers(0, 3)) if chunk else needed + int(rng.integers(0, 100))
+    spec = AttentionSpec(
+        layer.num_heads, key_heads, scale.head_dim, chunk, rope=bool(chunk), qk_norm_eps=1e-5 if chunk else 0.0,
+        floor_scale=8192.0 if scale.lengths > 8192 else 64.0, attn_scale=0.0 if chunk else 0.1, kv_cache="static",
+        compute=compute, kv_dtype=kv,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if chunk and rng.integers(2):
+        spec = replace(spec, qk_norm_eps=0.0)  # Maverick has none
+    return AttentionCase(layer, spec, positions, new, slots)
