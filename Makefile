@@ -9,7 +9,7 @@ EXTRAS := dev,reference
 # Compiled into the editable package when it is installed.
 KERNELS := $(wildcard l4convert/quantization/native*.cpp l4convert/quantization/native*.h)
 
-.PHONY: help venv test lint format demo gpu clean
+.PHONY: help venv test lint format demo plugins gpu clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -40,6 +40,9 @@ format: $(STAMP) ## Rewrite the sources to the project's format
 
 demo: $(STAMP) ## Convert the bundled model to INT4 and FP8, validate both, generate text
 	$(BIN)/python examples/01_convert_nano_scout/run.py
+
+plugins: $(STAMP) ## Build the library of GPU kernels and TensorRT plugins into build/plugins (no GPU needed)
+	$(BIN)/l4convert plugins build --output build/plugins --cache build/plugins/cache --overwrite $(ARGS)
 
 gpu: $(STAMP) ## Check and time engines and the CUDA provider on the GPU of this machine (exit 5 where there is none)
 	@$(BIN)/python benchmarks/gpu.py --probe

@@ -58,13 +58,16 @@ class BackendMissing(L4Error):
 # Import name -> what to install, by names that any package index has. These are optional, so a missing one is the
 # user's to solve, not a defect.
 INSTALL = {
+    "cmake": "pip install cmake",
     "cuda": "pip install cuda-bindings",
+    "kernel_lens": "pip install kernel-lens",
     "matplotlib": "pip install matplotlib",
     "onnxruntime": "pip install onnxruntime-gpu",
     "ray": "pip install 'ray[client]'",
     "tensorrt": "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13",
     "torch": "pip install torch transformers",
+    "triton": "pip install triton==3.6.0",
     "transformers": "pip install torch transformers",
 }
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": "l4convert.cli.verify",
     "targets": "l4convert.cli.targets",
     "passes": "l4convert.cli.passes",
+    "plugins": "l4convert.cli.plugins",
     "completion": "l4convert.cli.completion",
 }
 

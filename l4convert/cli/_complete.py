@@ -33,3 +33,10 @@ def hardware_names(_ctx: click.Context, _param: click.Parameter, incomplete: str
     fitting = [name for name in hardware.hardware_names() if name.startswith(incomplete)]
     found = [CompletionItem(name, help=hardware.load_hardware(name).summary) for name in fitting]
     return found or [CompletionItem(incomplete, type="file")]
+
+
+def sm_numbers(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the compute capabilities that kernels can be compiled for."""
+    from l4convert.plugins.library.variants import KNOWN_SMS
+
+    return [CompletionItem(str(sm)) for sm in KNOWN_SMS if str(sm).startswith(incomplete)]

@@ -43,10 +43,16 @@ def load_config(path: Path, group: click.Group, ctx: click.Context) -> dict[str,
 
 
 def _options(path: Path, values: dict[str, Any], command: click.Command, where: str) -> dict[str, Any]:
-    """``values`` with keys as click names them; ``max-new-tokens`` and ``max_new_tokens`` are the same key."""
+    """``values`` with keys as click names them; ``max-new-tokens`` and ``max_new_tokens`` are the same key.
+
+    A table in the table of a group is one of the group's commands: ``[plugins.build]``.
+    """
     known = {param.name for param in command.params if isinstance(param, click.Option)} - {"config", "version"}
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(command, click.Group) and isinstance(value, dict) and key in command.commands:
+            result[key] = _options(path, value, command.commands[key], f"{where.rstrip('] ')}.{key}] ")
+            continue
         name = key.replace("-", "_")
         if name not in known:
             options = ", ".join(sorted(str(option).replace("_", "-") for option in known))

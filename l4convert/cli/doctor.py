@@ -40,6 +40,10 @@ EXTRAS = {
         "purpose": "build TensorRT-RTX engines, with no GPU, and run them",
         "packages": ("cuda-bindings", "tensorrt-rtx-cu13"),
     },
+    "plugins": {
+        "purpose": "build the library of GPU kernels and TensorRT plugins, with no GPU",
+        "packages": ("cmake", "kernel-lens", "ninja", "triton"),
+    },
     "plot": {"purpose": "draw what bench measures (bench --plot)", "packages": ("matplotlib",)},
     "cluster": {"purpose": "convert on many machines (convert --cluster)", "packages": ("ray[client]",)},
 }
