@@ -6,7 +6,7 @@ from a seed. Sizes come from a :class:`Scale`, so that the same code checks a GP
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -58,19 +58,43 @@ class MoeCase:
 
 
 @dataclass(frozen=True)
+class Sequence:
+    """One sequence of a call: ``past`` tokens in the cache, then ``count`` new ones, ``skipped`` columns into it."""
+
+    past: int
+    count: int
+    skipped: int
+
+
+@dataclass(frozen=True)
 class AttentionCase:
-    """One call of the attention; ``positions``: int64 [B,T], -1 is padding, the last ``new`` are new."""
+    """One call of the attention: sequences that are given up to ``new`` tokens each, and a cache of ``slots`` slots."""
 
     layer: Attention
     spec: AttentionSpec
-    positions: np.ndarray
+    sequences: tuple[Sequence, ...]
     new: int
     slots: int
 
+    @property
+    def positions(self) -> np.ndarray:
+        """Int64 [B,T], -1 is padding; the last ``new`` columns are the call's. Made when asked for: T may be large."""
+        found = np.full((len(self.sequences), columns(self.sequences, self.new)), -1, np.int64)
+        for row, sequence in zip(found, self.sequences, strict=True):
+            begin = len(row) - self.new + sequence.skipped
+            row[: sequence.past] = np.arange(sequence.past)
+            row[begin : begin + sequence.count] = np.arange(sequence.past, sequence.past + sequence.count)
+        return found
+
     def __str__(self) -> str:
-        last = ", ".join(str(row[-self.new :].max()) for row in self.positions)
+        ends = ", ".join(f"{sequence.past}+{sequence.count}" for sequence in self.sequences)
         heads = f"{self.spec.num_heads}:{self.spec.kv_num_heads} heads"
-        return f"{self.new} new to position {last}, {self.slots} slots, {heads}, C {self.spec.chunk_size}"
+        return f"{ends} tokens in a call of {self.new}, {self.slots} slots, {heads}, C {self.spec.chunk_size}"
+
+
+def columns(sequences: Iterable[Sequence], new: int) -> int:
+    """T: of the longest sequence's past, and of the call."""
+    return max(sequence.past for sequence in sequences) + new
 
 
 Case = MoeCase | AttentionCase
@@ -140,14 +164,12 @@ def attention_case(
     """Sequences with ``past`` tokens in the cache; all but the first get fewer new ones, with padding around them."""
     key_heads = int(rng.choice(scale.key_heads))
     layer = Attention(5 * key_heads, key_heads, scale.head_dim, chunk, kv)
-    positions = np.full((len(past), max(past) + new), -1, np.int64)
-    for row, length in enumerate(past):
-        count = new if row == 0 else int(rng.integers(0, new + 1))
-        begin = positions.shape[1] - new + int(rng.integers(0, new - count + 1))
-        positions[row, :length] = np.arange(length)
-        positions[row, begin : begin + count] = np.arange(length, length + count)
-    needed = int(positions.max()) + 1
-    slots = chunk + 16 * int(rng.integers(0, 3)) if chunk else needed + int(rng.integers(0, 100))
+    counts = [new, *rng.integers(0, new + 1, len(past) - 1).tolist()]
+    sequences = tuple(
+        Sequence(length, count, int(rng.integers(0, new - count + 1)))
+        for length, count in zip(past, counts, strict=True)
+    )
+    slots = (chunk or columns(sequences, new)) + 16 * int(rng.integers(0, 3))
     spec = AttentionSpec(
         layer.num_heads, key_heads, scale.head_dim, chunk, rope=bool(chunk), qk_norm_eps=1e-5 if chunk else 0.0,
         floor_scale=8192.0 if scale.lengths > 8192 else 64.0, attn_scale=0.0 if chunk else 0.1, kv_cache="static",
@@ -155,4 +177,4 @@ def attention_case(
     )  # fmt: skip
     if chunk and rng.integers(2):
         spec = replace(spec, qk_norm_eps=0.0)  # Maverick has none
-    return AttentionCase(layer, spec, positions, new, slots)
+    return AttentionCase(layer, spec, sequences, new, slots)

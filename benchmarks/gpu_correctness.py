@@ -79,18 +79,18 @@ def _moe(kernels: Kernels, maker: Maker, case: MoeCase) -> tuple[float, str]:
 
 
 def _attention(kernels: Kernels, maker: Maker, case: AttentionCase) -> tuple[float, str]:
-    torch = maker.torch
-    tensors = maker.attended(case.layer, case.positions, case.new, case.slots)
+    torch, positions = maker.torch, case.positions
+    tensors = maker.attended(case.layer, positions, case.new, case.slots)
     before = [on_host(torch, cache).copy() for cache in (tensors.past_key, tensors.past_value)]
     expected = attention_body(torch, case.spec, tensors)
     kernels.attention(case.spec, tensors)()
     kernels.synchronize()
     attention = on_host(torch, tensors.attention)
-    real = case.positions[:, -case.new :] >= 0
+    real = positions[:, -case.new :] >= 0
     errors, problem = [relative_error(attention[real], expected[0][real])], ""
     if np.asarray(attention[~real], np.float32).any():
         problem = "rows of padding are not zeros"
-    written = written_slots(case)
+    written = written_slots(case, positions)
     caches = (on_host(torch, cache) for cache in (tensors.past_key, tensors.past_value))
     for cache, old, new in zip(caches, before, expected[1:], strict=True):
         errors.append(relative_error(cache.swapaxes(1, 2)[written], new.swapaxes(1, 2)[written]))
@@ -99,11 +99,11 @@ def _attention(kernels: Kernels, maker: Maker, case: AttentionCase) -> tuple[flo
     return max(errors, key=lambda error: np.inf if np.isnan(error) else error), problem
 
 
-def written_slots(case: AttentionCase) -> np.ndarray:
+def written_slots(case: AttentionCase, positions: np.ndarray) -> np.ndarray:
     """Which slots of the cache a call writes, bool [B,M]: of new tokens, in a chunked layer those of the last chunk."""
-    written, chunk = np.zeros((len(case.positions), case.slots), bool), case.spec.chunk_size
-    for row, positions in zip(written, case.positions[:, -case.new :], strict=True):
-        real = positions[positions >= 0]
+    written, chunk = np.zeros((len(positions), case.slots), bool), case.spec.chunk_size
+    for row, new in zip(written, positions[:, -case.new :], strict=True):
+        real = new[new >= 0]
         if chunk and len(real):
             real = real[real >= real.max() // chunk * chunk] % chunk
         row[real] = True

@@ -33,7 +33,9 @@ def _pairs(words, zero, STEP: tl.constexpr, SHAPE: tl.constexpr, TYPE: tl.conste
 
 
 @triton.jit
-def _dequantize(words, scale, zero, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TYPE: tl.constexpr):
+def _dequantize(
+    words, scale, zero, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TYPE: tl.constexpr
+):
     """round(code * scale), TYPE [.., COLUMNS, DEPTH], in the order of K.
 
     All arithmetic is written in float32 and rounded after each step; the compiler makes one instruction for two codes of

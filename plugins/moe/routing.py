@@ -57,25 +57,25 @@ def _write_row(rows, row_scale, x, score, token, position, H, FP8: tl.constexpr,
 
 
 @triton.jit
-def _write_tiles(tiles, first, counts, experts, slots, TILE: tl.constexpr):
+def _write_tiles(tiles, first, counts, experts, slots, tile):
     """The table of tiles, int32 [slots, 4]: expert, first row, rows (0 in slots that nobody needs), unused."""
-    needed = (counts + TILE - 1) // TILE
+    needed = (counts + tile - 1) // tile
     start = tl.cumsum(needed, axis=0) - needed
     used = tl.sum(needed, axis=0)
     for i in range(0, tl.max(needed, axis=0)):
         entry = tiles + 4 * (start + i)
         has = i < needed
         tl.store(entry, experts, mask=has)
-        tl.store(entry + 1, first + i * TILE, mask=has)
-        tl.store(entry + 2, tl.minimum(counts - i * TILE, TILE), mask=has)
+        tl.store(entry + 1, first + i * tile, mask=has)
+        tl.store(entry + 2, tl.minimum(counts - i * tile, tile), mask=has)
     for i in range(used, slots):
         tl.store(tiles + 4 * i + 2, 0)
 
 
 @triton.jit
 def moe_route(
-    x, logits, rows, row_scale, targets, tiles, T, E, H, K, slots,
-    FP8: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    x, logits, rows, row_scale, targets, tiles, T, E, H, K, slots, tile,
+    FP8: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program t routes token t; all find the same routing of all T <= TOKENS tokens. Program 0 also writes the tiles.
 
@@ -99,7 +99,7 @@ def moe_route(
     # Rows of earlier tokens of the same expert come before this token's.
     position = first + tl.sum(tl.where((tokens < token)[:, None], chosen, 0), axis=0)
     if token == 0:
-        _write_tiles(tiles, first, counts, experts, slots, TILE)
+        _write_tiles(tiles, first, counts, experts, slots, tile)
     mine = tl.load(logits + token * E + experts, mask=experts < E, other=0.0)
     left = tl.sum(tl.where((tokens == token)[:, None], keys, 0), axis=0)
     for rank in range(K):
@@ -133,7 +133,7 @@ def moe_choose(logits, choices, counts, T, E, K, EXPERTS: tl.constexpr, TOKENS: 
 
 
 @triton.jit
-def moe_scan(counts, tiles, blocks, slots, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
+def moe_scan(counts, tiles, blocks, slots, tile, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
     """One program: counts[b, e] becomes the first row of block b's tokens of expert e; writes the tiles."""
     experts = tl.arange(0, EXPERTS)
     lane = tl.arange(0, CHUNK)
@@ -142,7 +142,7 @@ def moe_scan(counts, tiles, blocks, slots, EXPERTS: tl.constexpr, CHUNK: tl.cons
         block = (start + lane)[:, None]
         total += tl.sum(tl.load(counts + block * EXPERTS + experts[None, :], mask=block < blocks, other=0), axis=0)
     first = tl.cumsum(total, axis=0) - total
-    _write_tiles(tiles, first, total, experts, slots, TILE)
+    _write_tiles(tiles, first, total, experts, slots, tile)
     row = first
     for start in range(0, blocks, CHUNK):
         block = (start + lane)[:, None]
