@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +18,8 @@ from tests.checkpoints import MAVERICK, write_random_checkpoint
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
+# Where `make plugins` builds; what is compiled there serves later runs.
+PLUGINS = REPO / "build" / "plugins"
 
 # How long something takes is measured in benchmarks/; on a busy machine it must not fail a test.
 hypothesis.settings.register_profile(
@@ -59,3 +65,16 @@ def tiny_scout() -> Path:
     if not path.is_dir():
         pytest.skip("../shared/checkpoints/tiny-scout is absent")
     return path
+
+
+@pytest.fixture(scope="session")
+def built_library() -> Path:
+    """libl4convert_plugins.so as a user builds it: all five SMs, by the command. One process builds, all share it."""
+    PLUGINS.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "l4convert", "plugins", "build", "--output", str(PLUGINS), "--overwrite"]
+    command += ["--cache", str(PLUGINS / "cache"), "--jobs", str(os.cpu_count() or 1)]
+    with (PLUGINS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return PLUGINS / "libl4convert_plugins.so"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,11 +15,14 @@ from pathlib import Path
 import pytest
 
 from l4convert.cli.doctor import CORE, EXTRAS
+from tests.conftest import PLUGINS
 
 REPO = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 LINKS = ("graph_passes", "plugins", "targets")
 KERNELS = "l4convert/quantization/kernels.bin"
+# What `l4convert plugins build` compiles lies in wheels too.
+LIBRARY_SOURCES = ("*.cpp", "*.h", "*.json", "*.map", "CMakeLists.txt")
 
 
 def canonical(requirement: str) -> str:
@@ -68,6 +72,7 @@ def test_the_wheel_has_every_module_and_data_file_under_one_name(wheel):
         for pattern in ("*.py", "*.toml", "py.typed")
         for path in (REPO / top).rglob(pattern)
     }
+    tracked |= {path.relative_to(REPO) for pattern in LIBRARY_SOURCES for path in (REPO / "plugins").rglob(pattern)}
     wanted = {path.as_posix() if path.parts[0] == "l4convert" else f"l4convert/{path.as_posix()}" for path in tracked}
     assert len(wanted) > 20
     assert packed - {KERNELS} == wanted
@@ -114,6 +119,20 @@ def test_the_wheel_runs_from_outside_the_repository(wheel, tmp_path):
     where, version = done.stdout.splitlines()
     assert where.startswith(str(tmp_path))
     assert version == f"l4convert {wheel.name.split('-')[1]}"
+
+
+def test_the_wheel_builds_the_plugin_library_and_its_bytes_are_the_same(wheel, built_library, tmp_path):
+    """At another place, with nothing but the compiled kernels kept."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cubins").symlink_to(PLUGINS / "cache" / "cubins")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "l4convert", "plugins", "build", "--output", "out", "--cache", "cache", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["compiled"] == 0
+    assert (tmp_path / "out" / built_library.name).read_bytes() == built_library.read_bytes()
 
 
 def test_doctor_knows_the_declared_dependencies():

@@ -11,7 +11,7 @@ import click
 from l4convert.cli._complete import sm_numbers
 from l4convert.cli._render import size, table
 from l4convert.cli._settings import global_options, settings_of
-from l4convert.errors import UsageError
+from l4convert.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
     from l4convert.plugins.library.build import BuildOptions, Built
@@ -23,6 +23,7 @@ Examples:
   l4convert plugins build                        for SM 80, 89, 90, 100 and 120; no GPU is needed
   l4convert plugins build --sm 90 --output lib   for H100 only
   l4convert plugins list lib/libl4convert_plugins.so
+  l4convert plugins check lib/libl4convert_plugins.so
 """
 
 BUILD_EPILOG = """\b
@@ -44,6 +45,15 @@ Examples:
   l4convert plugins list build/plugins/libl4convert_plugins.so --sm 90 --json
 """
 
+CHECK_EPILOG = """\b
+Examples:
+  l4convert plugins check build/plugins/libl4convert_plugins.so
+
+\b
+The program l4convert_conformance, which the build puts beside the library, loads it as TensorRT would and drives every
+method of its plugins; neither TensorRT nor a GPU is needed. The exit code is 4 where a check fails.
+"""
+
 DEFAULT_OUTPUT = Path("build/plugins")
 
 
@@ -54,10 +64,10 @@ def command() -> None:
 
 
 @command.command("build", epilog=BUILD_EPILOG)
-@click.option("--sm", "sms", type=int, multiple=True, metavar="NN", shell_complete=sm_numbers,
+@click.option("--sm", type=int, multiple=True, metavar="NN", shell_complete=sm_numbers,
               help="Compute capability to compile for, as 90 for 9.0; may be given several times.  "
                    "[default: 80, 89, 90, 100, 120]")  # fmt: skip
-@click.option("--head-dim", "head_dims", type=int, multiple=True, metavar="N",
+@click.option("--head-dim", type=int, multiple=True, metavar="N",
               help="Head dimension of attention kernels; may be given several times.  [default: 128]")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=DEFAULT_OUTPUT, show_default=True,
               metavar="DIR", help="Folder for libl4convert_plugins.so.")  # fmt: skip
@@ -78,7 +88,7 @@ def build(ctx: click.Context, /, *, dry_run: bool, update_resources: bool, **val
 
     settings = settings_of(ctx)
     options = _options(**values)
-    if update_resources and (values["sms"] or values["head_dims"]):
+    if update_resources and (values["sm"] or values["head_dim"]):
         raise UsageError("--update-resources is for the kernels of the default library: no --sm, no --head-dim")
     if dry_run:
         jobs = library.plan(options)
@@ -105,10 +115,27 @@ def list_kernels(ctx: click.Context, library: Path, sm: int | None) -> None:
     settings_of(ctx).emit("plugins.list", _list_payload(loaded, kernels), _list_text(loaded, kernels))
 
 
+@command.command("check", epilog=CHECK_EPILOG)
+@click.argument("library", metavar="LIB", type=click.Path(path_type=Path))
+@global_options
+@click.pass_context
+def check(ctx: click.Context, library: Path) -> None:
+    """Drive the TensorRT plugins of a library through TensorRT's contract, without TensorRT."""
+    from l4convert.plugins.library.checking import check_library
+
+    settings = settings_of(ctx)
+    report = check_library(library)
+    rows = [(row["subject"], row["name"], "ok" if row["ok"] else row["wrong"]) for row in report["checks"]]
+    text = table(["what", "check", "result"], rows)
+    settings.emit("plugins.check", report, f"{text}\n\n{len(rows)} checks, {report['failed']} failed.")
+    if report["failed"]:
+        raise CheckFailed(f"{library}: {report['failed']} of {len(rows)} checks failed")
+
+
 def _options(
     *,
-    sms: tuple[int, ...],
-    head_dims: tuple[int, ...],
+    sm: tuple[int, ...],
+    head_dim: tuple[int, ...],
     output: Path,
     jobs: int | None,
     cache: Path | None,
@@ -119,8 +146,8 @@ def _options(
 
     return BuildOptions(
         output=output,
-        sms=sms or DEFAULT_SMS,
-        head_dims=head_dims or DEFAULT_HEAD_DIMS,
+        sms=sm or DEFAULT_SMS,
+        head_dims=head_dim or DEFAULT_HEAD_DIMS,
         jobs=jobs or len(os.sched_getaffinity(0)),
         cache=cache or cache_folder(),
         overwrite=overwrite,

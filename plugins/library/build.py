@@ -26,6 +26,10 @@ from l4convert.progress import NO_PROGRESS, Progress
 
 SOURCES = Path(__file__).resolve().parent
 LIBRARY = "libl4convert_plugins.so"
+# Made beside it where there are TensorRT's headers: the program that drives its plugins as TensorRT would, and the
+# same for Python.
+CONFORMANCE = "l4convert_conformance"
+COMPANIONS = (CONFORMANCE, "libl4convert_conformance_core.so")
 
 
 def cache_folder() -> Path:
@@ -113,10 +117,10 @@ def build(options: BuildOptions, progress: Progress = NO_PROGRESS) -> Built:
         InputError: A compiler refused something, or there is a library already.
         UsageError: As :func:`plan`.
     """
+    jobs = plan(options)
     if options.library.exists() and not options.overwrite:
         raise InputError(f"{options.library}: there is a library already", hint="--overwrite replaces it")
     tools = find_tools()
-    jobs = plan(options)
     compiled = 0 if options.placeholders else len(missing(options, jobs))
     if options.placeholders:
         kernels = [_placeholder(job) for job in jobs]
@@ -125,6 +129,10 @@ def build(options: BuildOptions, progress: Progress = NO_PROGRESS) -> Built:
     with progress.task("Linking the library", None, "steps"), _work_folder(options.cache, tools) as work:
         write_sources(kernels, work / "generated")
         _cmake(work, tools, options.jobs)
+        for name in COMPANIONS:
+            made = work / "out" / "conformance" / name
+            if made.is_file():
+                _install(made, options.output / name)
         _install(work / "out" / LIBRARY, options.library)
     return Built(options.library, tuple(kernels), compiled, tools)
 
@@ -173,12 +181,13 @@ def _run(command: Sequence[str], work: Path) -> None:
     raise InputError(f"the C++ build failed: {first}", hint=f"all that it said: {log}")
 
 
-def _install(made: Path, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    partial = library.with_name(f".{library.name}.{os.getpid()}.partial")
+def _install(made: Path, to: Path) -> None:
+    """Copy a file to where it is wanted: whole or not at all, and at once for whoever has the old one open."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(f".{to.name}.{os.getpid()}.partial")
     try:
         shutil.copyfile(made, partial)
         partial.chmod(0o755)
-        partial.replace(library)
+        partial.replace(to)
     finally:
         partial.unlink(missing_ok=True)

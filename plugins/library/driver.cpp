@@ -1,6 +1,5 @@
 #include "driver.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -9,7 +8,7 @@
 #include <unordered_map>
 
 #include "cuda.h"
-#include "kernels.h"
+#include "lookup.h"
 
 namespace l4convert {
 namespace {
@@ -18,11 +17,6 @@ namespace {
 constexpr int kSharedWithoutAsking = 48 * 1024;
 // Triton ends every parameter list with two pointers to scratch memory; compile.py refuses kernels that use them.
 constexpr int kHiddenPointers = 2;
-
-bool runs_on(const l4_kernel_info& kernel, int sm) {
-  if (kernel.exact) return kernel.sm == sm;
-  return kernel.sm / 10 == sm / 10 && kernel.sm <= sm;
-}
 
 std::string sms_of_library() {
   std::set<int> found;
@@ -239,14 +233,7 @@ bool DriverLauncher::has(const std::string& kernel) const {
 
 std::int64_t DriverLauncher::constant(const std::string& kernel, const std::string& name, std::int64_t missing) const {
   const l4_kernel_info* found = context_ == nullptr ? nullptr : context_->find(kernel);
-  if (found == nullptr) return missing;
-  const std::string text = std::string(",") + found->constants;
-  const std::size_t at = text.find("," + name + "=");
-  if (at == std::string::npos) return missing;
-  const char* begin = text.c_str() + at + name.size() + 2;
-  char* end = nullptr;
-  const long long value = std::strtoll(begin, &end, 10);
-  return end != begin && (*end == ',' || *end == '\0') ? value : missing;
+  return found == nullptr ? missing : constant_of(*found, name, missing);
 }
 
 Status DriverLauncher::preload(const std::string& op) {

@@ -1,23 +1,19 @@
-"""The plugin library, built once a session and shared by the test processes, and GPUs that run it."""
+"""Plugin libraries with placeholders for their cubins, and GPUs that run them in the interpreter."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from l4convert.plugins.library import native
-from l4convert.plugins.library.build import LIBRARY, BuildOptions, build
+from l4convert.plugins.library.build import BuildOptions, build
 from l4convert.plugins.library.variants import DEFAULT_SMS, OPS
+from tests.conftest import PLUGINS
 
-REPO = Path(__file__).resolve().parent.parent.parent
-BUILD = REPO / "build" / "plugins"
 DEMO = {"demo": "tests.plugins.demo"}
 # Of the stand-in's library: small ones keep the interpreter quick.
 HEAD_DIMS = (16, 32, 64, 128)
@@ -57,16 +53,6 @@ def gpu(make_gpu: Callable[..., Any]) -> Any:
     return make_gpu()
 
 
-@pytest.fixture(scope="session")
-def built_library() -> Path:
-    """The library as a user builds it: all five SMs, through the command line, under ``build/plugins``."""
-    command = [sys.executable, "-m", "l4convert", "plugins", "build", "--output", str(BUILD), "--overwrite"]
-    command += ["--cache", str(BUILD / "cache"), "--jobs", str(os.cpu_count() or 1)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return BUILD / LIBRARY
-
-
 def _placeholder_library(
     factory: pytest.TempPathFactory, ops: Mapping[str, str], head_dims: tuple[int, ...]
 ) -> native.Library:
@@ -75,7 +61,7 @@ def _placeholder_library(
         output,
         sms=DEFAULT_SMS,
         head_dims=head_dims,
-        cache=BUILD / "cache",
+        cache=PLUGINS / "cache",
         ops=ops,
         placeholders=True,
         jobs=os.cpu_count() or 1,

@@ -1,0 +1,14 @@
+// TensorRT's own library, if this process has it: nothing here is linked against it.
+#pragma once
+
+#include <string>
+
+namespace l4convert {
+
+// The address of a function that libnvinfer exports; null where no such library is loaded.
+void* tensorrt_function(const char* name) noexcept;
+
+// Whether a function of the object file that holds `address` is among those that wait for this one to return.
+bool called_from_object_of(const void* address) noexcept;
+
+}  // namespace l4convert

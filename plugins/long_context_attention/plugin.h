@@ -1,0 +1,11 @@
+// l4convert::LongContextAttention for TensorRT: its attributes and tensors; plugins/library/plugin.h does the rest.
+#pragma once
+
+#include "../library/op.h"
+#include "launch.h"
+
+namespace l4convert {
+
+const OpKind& attention_kind();
+
+}  // namespace l4convert
