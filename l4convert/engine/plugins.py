@@ -1,4 +1,4 @@
-"""The plugin library that an engine is built with: found, asked for the kernels, and loaded before the graph is read."""
+"""The plugin library that an engine is built with: found, asked for kernels, and loaded before the graph is read."""
 
 from __future__ import annotations
 
