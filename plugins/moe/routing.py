@@ -1,25 +1,28 @@
 """Triton kernels that choose experts and put the tokens' scaled rows in the experts' order.
 
-Up to 64 rows one launch does it all (:func:`moe_route`). More rows take three: :func:`moe_choose` writes what each token
+Up to 64 tokens one launch does it all (:func:`moe_route`). More take three: :func:`moe_choose` writes what each token
 chose and how often each expert was chosen in its block of tokens, :func:`moe_scan` turns these counts into first rows
 and into the table of tiles, :func:`moe_place` writes the rows. Rows of one expert are in the order of their tokens, so
 two calls give the same bits.
 """
+# mypy: ignore-errors
+# (as kernels.py: Triton's language has no types that a checker knows)
+# ruff: noqa: N803, N806 (as kernels.py: constants of the compiler in capitals, sizes as the formulas name them)
 
 import triton
 import triton.language as tl
 
-from .rounding import fp8_codes, fp8_scale
+from l4convert.plugins.moe.rounding import fp8_codes, fp8_scale
 
 
 @triton.jit
 def _keys(logits, tokens, experts, T, E):
-    """int32 [tokens, experts] that order as the logits do; padding comes last. Of equal logits the caller takes the first."""
+    """int32 [tokens, experts] that order as the logits do; equal logits have equal keys; padding comes last."""
     inside = (tokens < T)[:, None] & (experts < E)[None, :]
     values = tl.load(logits + tokens.to(tl.int64)[:, None] * E + experts[None, :], mask=inside, other=0.0)
     values = tl.where(values == 0.0, 0.0, values)  # -0 equals 0
     bits = values.to(tl.int32, bitcast=True)
-    # A float's bits order as integers once the magnitude of negative ones is turned round. Nothing but padding is the least.
+    # A float's bits order as integers once the magnitude of negative ones is turned round. The least is for padding.
     keys = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
     return tl.where(inside, keys, -0x7FFFFFFF - 1)
 
@@ -57,25 +60,25 @@ def _write_row(rows, row_scale, x, score, token, position, H, FP8: tl.constexpr,
 
 
 @triton.jit
-def _write_tiles(tiles, first, counts, experts, slots, TILE: tl.constexpr):
+def _write_tiles(tiles, first, counts, experts, slots, tile):
     """The table of tiles, int32 [slots, 4]: expert, first row, rows (0 in slots that nobody needs), unused."""
-    needed = (counts + TILE - 1) // TILE
+    needed = (counts + tile - 1) // tile
     start = tl.cumsum(needed, axis=0) - needed
     used = tl.sum(needed, axis=0)
-    for i in range(0, tl.max(needed, axis=0)):
+    for i in range(tl.max(needed, axis=0)):
         entry = tiles + 4 * (start + i)
         has = i < needed
         tl.store(entry, experts, mask=has)
-        tl.store(entry + 1, first + i * TILE, mask=has)
-        tl.store(entry + 2, tl.minimum(counts - i * TILE, TILE), mask=has)
+        tl.store(entry + 1, first + i * tile, mask=has)
+        tl.store(entry + 2, tl.minimum(counts - i * tile, tile), mask=has)
     for i in range(used, slots):
         tl.store(tiles + 4 * i + 2, 0)
 
 
 @triton.jit
 def moe_route(
-    x, logits, rows, row_scale, targets, tiles, T, E, H, K, slots,
-    FP8: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    x, logits, rows, row_scale, targets, tiles, T, E, H, K, slots, tile,
+    FP8: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program t routes token t; all find the same routing of all T <= TOKENS tokens. Program 0 also writes the tiles.
 
@@ -99,7 +102,7 @@ def moe_route(
     # Rows of earlier tokens of the same expert come before this token's.
     position = first + tl.sum(tl.where((tokens < token)[:, None], chosen, 0), axis=0)
     if token == 0:
-        _write_tiles(tiles, first, counts, experts, slots, TILE)
+        _write_tiles(tiles, first, counts, experts, slots, tile)
     mine = tl.load(logits + token * E + experts, mask=experts < E, other=0.0)
     left = tl.sum(tl.where((tokens == token)[:, None], keys, 0), axis=0)
     for rank in range(K):
@@ -133,7 +136,7 @@ def moe_choose(logits, choices, counts, T, E, K, EXPERTS: tl.constexpr, TOKENS: 
 
 
 @triton.jit
-def moe_scan(counts, tiles, blocks, slots, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
+def moe_scan(counts, tiles, blocks, slots, tile, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
     """One program: counts[b, e] becomes the first row of block b's tokens of expert e; writes the tiles."""
     experts = tl.arange(0, EXPERTS)
     lane = tl.arange(0, CHUNK)
@@ -142,7 +145,7 @@ def moe_scan(counts, tiles, blocks, slots, EXPERTS: tl.constexpr, CHUNK: tl.cons
         block = (start + lane)[:, None]
         total += tl.sum(tl.load(counts + block * EXPERTS + experts[None, :], mask=block < blocks, other=0), axis=0)
     first = tl.cumsum(total, axis=0) - total
-    _write_tiles(tiles, first, total, experts, slots, TILE)
+    _write_tiles(tiles, first, total, experts, slots, tile)
     row = first
     for start in range(0, blocks, CHUNK):
         block = (start + lane)[:, None]
