@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
-from l4convert.frontend.compute import COMPUTE_TYPES
+from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType, from_float32
 from l4convert.plugins.moe import definition, layout
 from l4convert.plugins.moe.definition import MoESpec
 
@@ -75,21 +75,27 @@ def dequantize(
 ) -> ir.Value:
     """The weights [E,K,N] of a stack of words: every code times its scale, rounded once, as DequantizeLinear does it.
 
-    Codes stay single bytes until their values are looked up, so that what is held grows by little more than the result.
+    Codes stay single bytes until they become values, so that what is held grows by little more than the result.
     """
     depth, width = dims
     k_first = b.op("Transpose", words, perm=[0, 2, 1])
-    codes = (_int4_codes if spec.weights == "int4" else _fp8_codes)(b, k_first, width)
-    in_blocks = b.op("Cast", b.reshape(codes, [0, depth // block, block, width]), to=int(ir.DataType.INT32))
-    values = b.op("Gather", b.constant(VALUES[spec.weights], COMPUTE_TYPES[spec.compute].numpy()), in_blocks, axis=0)
-    return b.reshape(b.op("Mul", values, b.op("Unsqueeze", scale, b.constant([2]))), [0, depth, width])
+    values = (_int4_values if spec.weights == "int4" else _fp8_values)(b, k_first, width, spec.compute)
+    in_blocks = b.reshape(values, [0, depth // block, block, width])
+    return b.reshape(b.op("Mul", in_blocks, b.op("Unsqueeze", scale, b.constant([2]))), [0, depth, width])
 
 
-#: The value of every code: two's complement nibbles, and E4M3 bytes.
-VALUES = {
-    "int4": np.array([*range(8), *range(-8, 0)], np.float32),
-    "fp8": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
-}
+def _int4_values(b: Builder, words: ir.Value, width: int, compute: ComputeType) -> ir.Value:
+    """int32 [E,K/8,N] to the two's complement numbers, [E,K/G,G,N]."""
+    offset = b.op("BitwiseXor", _int4_codes(b, words, width), b.constant(8, np.uint8))  # value + 8
+    wide = b.op("Sub", b.op("Cast", offset, to=int(ir.DataType.FLOAT)), b.constant(8.0, np.float32))
+    return from_float32(b, wide, compute)
+
+
+def _fp8_values(b: Builder, words: ir.Value, width: int, compute: ComputeType) -> ir.Value:
+    """int64 [E,K/8,N] to E4M3 numbers, [E,K,N]; no operator reads a byte as one, so they are looked up."""
+    table = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(COMPUTE_TYPES[compute].numpy())
+    index = b.op("Cast", _fp8_codes(b, words, width), to=int(ir.DataType.INT32))
+    return b.op("Gather", b.constant(table, table.dtype), index, axis=0)
 
 
 def _int4_codes(b: Builder, words: ir.Value, width: int) -> ir.Value:
