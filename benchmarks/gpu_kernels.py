@@ -83,7 +83,7 @@ def measure(gpu: Gpu, plugins: Path | None, only: str, seed: int) -> Part:
     try:
         library = plugins or build_for(sm)
         properties = torch.cuda.get_device_properties(0)
-        torch.cuda.init()
+        torch.empty(1, device="cuda")  # makes its context the current one
         kernels = Kernels(torch, library, "cuda", sm, properties.multi_processor_count)
         kernels.preload()
     except NotBuilt as error:
