@@ -18,6 +18,9 @@ from l4convert.plugins.moe.definition import MoESpec
 
 Compute = Literal["bfloat16", "float16"]
 LAST_POSITION = 10_485_759  # of Scout
+# Relative errors. The first is issue 6's for bfloat16; float16 and quantized caches are held to the same. Where
+# activations are rounded to FP8, one whose exact value lies between two of its steps may go to either, 6 % apart.
+LARGEST_ERROR, LARGEST_FP8_ERROR = 1e-2, 3e-2
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,12 @@ Case = MoeCase | AttentionCase
 
 @dataclass(frozen=True)
 class Group:
-    """A row of cases; ``least_sm``: the oldest GPU that has its kernels."""
+    """A row of cases; ``least_sm``: the oldest GPU that has its kernels; ``bound``: of relative errors."""
 
     name: str
     cases: tuple[Case, ...]
     least_sm: int = 80
+    bound: float = LARGEST_ERROR
 
 
 def groups(scale: Scale, seed: int = 0) -> Iterator[Group]:
@@ -117,7 +121,7 @@ def groups(scale: Scale, seed: int = 0) -> Iterator[Group]:
         for weights, block in (("int4", 32), ("int4", 64), ("int4", 128), ("fp8", 0), ("plain", 0)):
             name = f"MoE {weights}{f' block {block}' if block else ''} {compute}"
             cases = tuple(moe_case(rng, scale, weights, block, compute, tokens) for tokens in scale.tokens)
-            yield Group(name, cases, 89 if weights == "fp8" else 80)
+            yield Group(name, cases, *((89, LARGEST_FP8_ERROR) if weights == "fp8" else ()))
     for compute in computes:
         for kv in ("none", "fp8", "int8"):
             cache = compute if kv == "none" else kv

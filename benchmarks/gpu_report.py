@@ -107,7 +107,8 @@ def planned_section(rows: Sequence[Row], limits: Limits, memory: int | None, pro
 def correctness_json(results: Sequence[Checked]) -> list[dict[str, Any]]:
     return [
         {
-            "row": result.row, "cases": result.cases, "relative_error": result.error, "worst_case": result.worst,
+            "row": result.row, "cases": result.cases, "relative_error": result.error, "bound": result.bound,
+            "worst_case": result.worst,
             "problem": result.problem or None, "measured": result.measured, "passed": result.passed,
         }
         for result in results

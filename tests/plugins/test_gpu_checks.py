@@ -30,6 +30,8 @@ GROUPS = {group.name: group for group in cases.groups(SCALE)}
     [
         ("chunked attention bfloat16, fp8 cache", (4, 9)),  # ragged batches: single tokens, and a few
         ("global attention float16, float16 cache", (2,)),
+        ("MoE int4 block 64 bfloat16", (0,)),
+        ("MoE fp8 float16", (1,)),
     ],
 )
 def test_kernels_equal_their_functions_bodies(
@@ -42,7 +44,7 @@ def test_kernels_equal_their_functions_bodies(
     result = correctness.check(kernels, lambda compute: tensors.Maker(torch, "cpu", compute), some)
     assert result.passed, result
     assert result.cases == len(numbers)
-    assert 0 < result.error < 1e-2
+    assert result.error < group.bound
 
 
 @pytest.fixture
@@ -60,6 +62,14 @@ def bench(make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(speed, "timed", timed)
     limits = roofline.Limits(1e9, {"bf16": 1e12, "fp8": 2e12})
     return speed.Bench(torch, HostKernels(make_gpu(sm=90, multiprocessors=4)), limits, 8 << 30, cache=1 << 12)
+
+
+@pytest.mark.parametrize(("weights", "block"), [("int4", 128), ("fp8", 0)])
+def test_rows_of_experts_are_measured_and_compared_with_torch(bench: Any, weights: str, block: int) -> None:
+    row = workloads.MoeRow("some", roofline.Experts(4, 128, 128, 1, weights, block), 2)
+    result = one(bench, row)
+    assert (result.seconds, result.torch_seconds, result.passed) == (1e-3, 2e-3, True)
+    assert result.difference < speed.LARGEST_DIFFERENCE[row.work.rate]
 
 
 def one(bench: Any, row: Any) -> Any:
