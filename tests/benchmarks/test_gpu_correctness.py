@@ -104,14 +104,14 @@ def test_wrong_answers_fail(name: str, spoil: Callable[[Any], None], problem: st
     assert problem in found.problem
     assert math.isnan(found.error) or found.error > 1e-2
     assert str(GROUPS[name].cases[number]) == found.worst
-    assert "| FAIL |" in report.correctness_section([found]).markdown()
+    assert "| FAIL |" in report.correctness_section("", [found]).markdown()
 
 
 def test_what_a_device_does_not_have_is_not_measured_and_what_is_refused_fails() -> None:
     old = SimpleNamespace(sm=80)
     found = correctness.check(old, maker, GROUPS["MoE fp8 bfloat16"])
     assert (found.passed, found.measured, found.problem) == (True, False, "not measured: needs SM 89")
-    assert "| MoE fp8 bfloat16 | not measured: needs SM 89 |" in report.correctness_section([found]).markdown()
+    assert "| MoE fp8 bfloat16 | not measured: needs SM 89 |" in report.correctness_section("", [found]).markdown()
 
     def refuse(*arguments: Any) -> Any:
         raise library.Refused("no kernel")
