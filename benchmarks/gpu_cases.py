@@ -18,6 +18,9 @@ from l4convert.plugins.moe.definition import MoESpec
 
 Compute = Literal["bfloat16", "float16"]
 LAST_POSITION = 10_485_759  # of Scout
+# Relative errors. The first is issue 6's for bfloat16; float16 and quantized caches are held to the same. Where
+# activations are rounded to FP8, one whose exact value lies between two of its steps may go to either, 6 % apart.
+LARGEST_ERROR, LARGEST_FP8_ERROR = 1e-2, 3e-2
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Scale:
     Attributes:
         tokens: T of the MoE's cases.
         experts: E is drawn from these; ``widths``: H and I, multiples of 128.
-        head_dim: D; ``key_heads``: Hk is drawn from these, Hq is five times that, as in Llama 4.
-        chunk: C of chunked layers.
+        head_dim: D; ``key_heads``: Hk is drawn from these, or 8 for single tokens; Hq is five times that.
+        chunks: C of chunked layers is drawn from these.
         lengths: Tokens in the cache before a call, at most, in global layers; in chunked ones the edges of chunks, too.
         new: Tokens of a call, at most.
     """
@@ -37,8 +40,8 @@ class Scale:
     experts: tuple[int, ...] = (4, 16, 128)
     widths: tuple[int, ...] = (128, 256, 384, 640)
     head_dim: int = 128
-    key_heads: tuple[int, ...] = (1, 2, 8)
-    chunk: int = 256
+    key_heads: tuple[int, ...] = (1, 2)
+    chunks: tuple[int, ...] = (256, 8192)
     lengths: int = 3000
     new: int = 700
 
@@ -102,11 +105,12 @@ Case = MoeCase | AttentionCase
 
 @dataclass(frozen=True)
 class Group:
-    """A row of cases; ``least_sm``: the oldest GPU that has its kernels."""
+    """A row of cases; ``least_sm``: the oldest GPU that has its kernels; ``bound``: of relative errors."""
 
     name: str
     cases: tuple[Case, ...]
     least_sm: int = 80
+    bound: float = LARGEST_ERROR
 
 
 def groups(scale: Scale, seed: int = 0) -> Iterator[Group]:
@@ -117,7 +121,7 @@ def groups(scale: Scale, seed: int = 0) -> Iterator[Group]:
         for weights, block in (("int4", 32), ("int4", 64), ("int4", 128), ("fp8", 0), ("plain", 0)):
             name = f"MoE {weights}{f' block {block}' if block else ''} {compute}"
             cases = tuple(moe_case(rng, scale, weights, block, compute, tokens) for tokens in scale.tokens)
-            yield Group(name, cases, 89 if weights == "fp8" else 80)
+            yield Group(name, cases, *((89, LARGEST_FP8_ERROR) if weights == "fp8" else ()))
     for compute in computes:
         for kv in ("none", "fp8", "int8"):
             cache = compute if kv == "none" else kv
@@ -131,7 +135,9 @@ def moe_case(
 ) -> MoeCase:
     """Random sizes; tokens choose at random, all the same, or each another one."""
     count, top_k = int(rng.choice(scale.experts)), int(rng.integers(1, 3))
-    hidden, width = (int(size) for size in rng.choice(scale.widths, 2))
+    # The bodies compute every expert for every token: many experts are small ones.
+    widths = scale.widths if count * tokens < 20_000 else scale.widths[:2]
+    hidden, width = (int(size) for size in rng.choice(widths, 2))
     experts = Experts(count, hidden, width, top_k, weights, block)
     first = {
         "random": rng.integers(0, count, tokens),
@@ -147,9 +153,10 @@ def attention_cases(
     rng: np.random.Generator, scale: Scale, kind: str, kv: str, compute: Compute
 ) -> Iterator[AttentionCase]:
     """Single tokens and long calls, of one sequence and of ragged batches; chunked: around C, and at the end."""
-    chunk = scale.chunk if kind == "chunked" else 0
-    edges = [chunk - 2, chunk - 1, chunk, chunk + 1] if chunk else [0, 1, scale.lengths]
+    chunk = 0
     for new in (1, int(rng.integers(2, 20)), scale.new):
+        chunk = int(rng.choice(scale.chunks)) if kind == "chunked" else 0
+        edges = [chunk - 2, chunk - 1, chunk, chunk + 1] if chunk else [0, 1, scale.lengths]
         for past in edges:
             yield attention_case(rng, scale, chunk, kv, compute, [past], new)
         ragged = rng.integers(0, scale.lengths, 5).tolist()
@@ -162,7 +169,7 @@ def attention_case(
     rng: np.random.Generator, scale: Scale, chunk: int, kv: str, compute: Compute, past: list[int], new: int
 ) -> AttentionCase:
     """Sequences with ``past`` tokens in the cache; all but the first get fewer new ones, with padding around them."""
-    key_heads = int(rng.choice(scale.key_heads))
+    key_heads = int(rng.choice([*scale.key_heads, *([8] if new == 1 else [])]))
     layer = Attention(5 * key_heads, key_heads, scale.head_dim, chunk, kv)
     counts = [new, *rng.integers(0, new + 1, len(past) - 1).tolist()]
     sequences = tuple(

@@ -20,6 +20,7 @@ from gpu_cases import Scale, groups
 from gpu_correctness import Checked, check
 from gpu_hardware import capability
 from gpu_library import Kernels, NotBuilt, build_for
+from gpu_plugins import PluginKernels
 from gpu_report import (
     Section,
     correctness_json,
@@ -37,7 +38,13 @@ from roofline import limits_of
 
 from l4convert.errors import L4Error
 from l4convert.gpus import Gpu
+from l4convert.plugins.library.calling import CORE
 from l4convert.targets.hardware import load_hardware
+
+
+KERNELS_TITLE = "Kernels against the functions' bodies"
+PLUGINS_TITLE = "TensorRT plugins, without TensorRT, against the functions' bodies"
+FEWER = Scale(tokens=(1, 100), chunks=(256,), lengths=500, new=300)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def measure(gpu: Gpu, plugins: Path | None, only: str, seed: int) -> Part:
     try:
         library = plugins or build_for(sm)
         properties = torch.cuda.get_device_properties(0)
-        torch.cuda.init()
+        torch.empty(1, device="cuda")  # makes its context the current one
         kernels = Kernels(torch, library, "cuda", sm, properties.multi_processor_count)
         kernels.preload()
     except NotBuilt as error:
@@ -92,6 +99,7 @@ def measure(gpu: Gpu, plugins: Path | None, only: str, seed: int) -> Part:
         return unmeasured(str(error), failed=True)
     torch.manual_seed(seed)
     checked = correctness(torch, kernels, only, seed)
+    plugged = through_plugins(torch, kernels, only, seed)
     limits, measured = machine_limits(torch)
     rows = [row for row in ROWS if only in row.name]
     bench = Bench(torch, kernels, limits, properties.total_memory, properties.L2_cache_size)
@@ -99,10 +107,13 @@ def measure(gpu: Gpu, plugins: Path | None, only: str, seed: int) -> Part:
     note = f"{library.name}, l4convert {kernels.library.version}, SM {sm}. Times of one call, median; random weights."
     content = {
         "library": kernels.library.version, "sm": sm, "seed": seed, "limits": measured,
-        "correctness": correctness_json(checked), "speed": speed_json(timed, limits),
+        "correctness": correctness_json(checked), "plugins": correctness_json(plugged), "speed": speed_json(timed, limits),
     }  # fmt: skip
-    sections = (limits_section(measured), correctness_section(checked), speed_section(timed, limits, note))
-    passed = all(result.passed for result in (*checked, *timed))
+    sections = (
+        limits_section(measured), correctness_section(KERNELS_TITLE, checked),
+        correctness_section(PLUGINS_TITLE, plugged), speed_section(timed, limits, note),
+    )  # fmt: skip
+    passed = all(result.passed for result in (*checked, *plugged, *timed))
     return Part(sections, content, bool(checked or timed), passed)
 
 
@@ -114,6 +125,15 @@ def correctness(torch: Any, kernels: Kernels, only: str, seed: int, scale: Scale
             say(group.name)
             results.append(check(kernels, lambda compute: Maker(torch, kernels.device, compute), group))
     return results
+
+
+def through_plugins(torch: Any, kernels: Kernels, only: str, seed: int) -> list[Checked]:
+    """The same, with fewer cases, through ``IPluginV3``: what TensorRT would call."""
+    if not (kernels.library.path.parent / CORE).is_file():
+        problem = "not measured: the library was built without TensorRT's headers (pip install kernel-lens)"
+        return [Checked("all", problem=problem, measured=False)]
+    plugins = PluginKernels(torch, kernels.library.path, kernels.device, kernels.sm, kernels.multiprocessors)
+    return correctness(torch, plugins, only, seed, FEWER)
 
 
 def say(name: str) -> None:

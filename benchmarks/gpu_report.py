@@ -55,14 +55,14 @@ def limits_section(measured: Mapping[str, float]) -> Section:
     return Section("This GPU's own limits", [(name, {"measured": f"{value:.4g}"}) for name, value in measured.items()])
 
 
-def correctness_section(results: Sequence[Checked], note: str = "") -> Section:
+def correctness_section(title: str, results: Sequence[Checked]) -> Section:
     lines: Lines = []
     for result in results:
         figures = as_figures(result)
         if result.problem and result.measured:
             figures["worst case"] = f"{result.problem}: {result.worst}"
         lines.append((result.row, figures if result.measured else result.problem))
-    return Section("Kernels against the functions' bodies", lines, note=note)
+    return Section(title, lines)
 
 
 def speed_section(results: Sequence[Timed], limits: Limits, note: str = "") -> Section:
@@ -107,7 +107,8 @@ def planned_section(rows: Sequence[Row], limits: Limits, memory: int | None, pro
 def correctness_json(results: Sequence[Checked]) -> list[dict[str, Any]]:
     return [
         {
-            "row": result.row, "cases": result.cases, "relative_error": result.error, "worst_case": result.worst,
+            "row": result.row, "cases": result.cases, "relative_error": result.error, "bound": result.bound,
+            "worst_case": result.worst,
             "problem": result.problem or None, "measured": result.measured, "passed": result.passed,
         }
         for result in results

@@ -107,8 +107,7 @@ class Bench:
             self._layer = None
             return Timed(row, problem=f"not measured: out of memory; needs about {row.memory / 1e9:.0f} GB")
         except Exception as error:  # the table is to have every row
-            line = " ".join(str(error).split())
-            return Timed(row, problem=f"failed: {type(error).__name__}: {line[:300]}", failed=True)
+            return Timed(row, problem=f"failed: {type(error).__name__}: {one_line(error)}", failed=True)
         finally:
             torch.cuda.empty_cache()
 
@@ -124,9 +123,12 @@ class Bench:
         estimate = row.work.seconds(self.limits)
         ours = [self.kernels.moe(row.experts, "bfloat16", tensors) for tensors in sets]
         result = Timed(row, timed(torch, ours, estimate))
-        calls = [peer.call(tensors, one) for tensors, one in zip(sets, chosen, strict=True)]
-        difference = relative(torch, sets[0].y, calls[0]())
-        result = replace(result, difference=difference, torch_seconds=timed(torch, calls, estimate))
+
+        def in_torch() -> tuple[float | None, float]:
+            calls = [peer.call(tensors, one) for tensors, one in zip(sets, chosen, strict=True)]
+            return relative(torch, sets[0].y, calls[0]()), timed(torch, calls, estimate)
+
+        result = self._with_torch(result, in_torch)
         return self._with_onnxruntime(result, session, lambda open_: moe_seconds(open_, sets[0]))
 
     def _of_layer(self, row: MoeRow) -> tuple[Weights, TorchMoe, Session | str]:
@@ -145,21 +147,23 @@ class Bench:
         estimate, spec = row.work.seconds(self.limits), spec_of(row)
         ours = [self.kernels.attention(spec, tensors) for tensors in sets]
         result = Timed(row, timed(torch, ours, estimate))
-        peers = [TorchAttention(torch, layer, tensors, row.new, row.context) for tensors in sets]
-        difference = None
-        if peers[0].comparable:
-            difference = relative(torch, sets[0].attention.view(-1), peers[0].call().reshape(-1))
-        result = replace(
-            result, difference=difference, torch_seconds=timed(torch, [peer.call for peer in peers], estimate)
-        )
+
+        def in_torch() -> tuple[float | None, float]:
+            peers = [TorchAttention(torch, layer, tensors, row.new, row.context) for tensors in sets]
+            difference = None
+            if peers[0].comparable:
+                difference = relative(torch, sets[0].attention.view(-1), peers[0].call().reshape(-1))
+            return difference, timed(torch, [peer.call for peer in peers], estimate)
+
+        result = self._with_torch(result, in_torch)
         session = self._session(lambda: gqa_model(layer))
         return self._with_onnxruntime(
             result, session, lambda open_: attention_seconds(open_, sets[0], layer, row.new, row.context)
         )
 
     def _attended(self, row: AttentionRow) -> AttentionTensors:
-        positions = np.broadcast_to(np.arange(row.context), (row.batch, row.context))
-        return self.maker.attended(row.attention, np.ascontiguousarray(positions), row.new, row.slots)
+        positions = np.tile(np.arange(row.context), (row.batch, 1))
+        return self.maker.attended(row.attention, positions, row.new, row.slots)
 
     def _session(self, model: Callable[[], Any]) -> Session | str:
         """ONNX Runtime with a model, or why there is none."""
@@ -167,16 +171,24 @@ class Bench:
             return Session(self.torch, model())
         except NotHere as reason:
             return str(reason)
+        except Exception as error:  # likewise
+            return one_line(error)
+
+    def _with_torch(self, result: Timed, run: Callable[[], tuple[float | None, float]]) -> Timed:
+        """With torch's difference and time; what torch cannot do is a note."""
+        try:
+            difference, seconds = run()
         except Exception as error:  # a peer that fails is no failure of ours
-            return " ".join(str(error).split())[:200]
+            return replace(result, notes=(f"torch: {one_line(error)}",))
+        return replace(result, difference=difference, torch_seconds=seconds)
 
     def _with_onnxruntime(self, result: Timed, session: Session | str, run: Callable[[Session], float]) -> Timed:
         if isinstance(session, str):
-            return replace(result, notes=(f"onnxruntime: {session}",))
+            return replace(result, notes=(*result.notes, f"onnxruntime: {session}"))
         try:
             return replace(result, onnxruntime_seconds=run(session))
         except Exception as error:  # likewise
-            return replace(result, notes=(f"onnxruntime: {' '.join(str(error).split())[:200]}",))
+            return replace(result, notes=(*result.notes, f"onnxruntime: {one_line(error)}"))
 
 
 def spec_of(row: AttentionRow) -> AttentionSpec:
@@ -187,6 +199,11 @@ def spec_of(row: AttentionRow) -> AttentionSpec:
         layer.num_heads, layer.kv_num_heads, layer.head_dim, layer.chunk_size, chunked, EPS if chunked else 0.0,
         FLOOR_SCALE, 0.0 if chunked else ATTN_SCALE, "static", "bfloat16", layer.kv,  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of what it says."""
+    return " ".join(str(error).split())[:300]
 
 
 def relative(torch: Any, actual: Any, expected: Any) -> float:

@@ -61,11 +61,10 @@ class MoeRow:
 
     @property
     def memory(self) -> int:
-        """Bytes that the call and its peers need on the device: all weights, one expert as floats, activations."""
-        one, wide = self.experts, 4 * (self.experts.intermediate_size + 2 * self.experts.hidden_size)
-        copies = 2 if one.weights == "int4" else 1  # torch reads the codes in their natural order
-        floats = 3 * one.hidden_size * one.intermediate_size * 2 * 3
-        return one.num_experts * one.expert_bytes * copies + floats + self.tokens * wide * 2
+        """Bytes that the call needs on the device: all weights, and activations of both products."""
+        layer = self.experts
+        wide = 4 * (layer.intermediate_size + 2 * layer.hidden_size)
+        return layer.num_experts * layer.expert_bytes + self.tokens * layer.top_k * wide
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,10 @@ class AttentionRow:
 
     @property
     def memory(self) -> int:
-        """Bytes on the device: caches, for torch as 16-bit floats beside a quantized one, positions, activations."""
-        cache = self.batch * self.slots * self.attention.slot_bytes
-        floats = 2 * cache if self.attention.kv != "none" else 0
-        width = (2 * self.attention.num_heads + 4 * self.attention.kv_num_heads) * self.attention.head_dim
-        return cache + floats + self.batch * (self.context * 8 + self.new * width * 4)
+        """Bytes that the call needs on the device: caches, positions, activations."""
+        layer = self.attention
+        width = (2 * layer.num_heads + 4 * layer.kv_num_heads) * layer.head_dim
+        return self.batch * (self.slots * layer.slot_bytes + self.context * 8 + self.new * width * 4)
 
 
 Row = MoeRow | AttentionRow

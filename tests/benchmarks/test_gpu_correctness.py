@@ -22,7 +22,7 @@ report = load("gpu_report")
 tensors = load("gpu_tensors")
 
 SCALE = cases.Scale(
-    tokens=(3, 20), experts=(4,), widths=(128,), head_dim=16, key_heads=(1, 2), chunk=32, lengths=70, new=45
+    tokens=(3, 20), experts=(4,), widths=(128,), head_dim=16, key_heads=(1, 2), chunks=(32,), lengths=70, new=45
 )
 GROUPS = {group.name: group for group in cases.groups(SCALE)}
 
@@ -104,14 +104,14 @@ def test_wrong_answers_fail(name: str, spoil: Callable[[Any], None], problem: st
     assert problem in found.problem
     assert math.isnan(found.error) or found.error > 1e-2
     assert str(GROUPS[name].cases[number]) == found.worst
-    assert "| FAIL |" in report.correctness_section([found]).markdown()
+    assert "| FAIL |" in report.correctness_section("", [found]).markdown()
 
 
 def test_what_a_device_does_not_have_is_not_measured_and_what_is_refused_fails() -> None:
     old = SimpleNamespace(sm=80)
     found = correctness.check(old, maker, GROUPS["MoE fp8 bfloat16"])
     assert (found.passed, found.measured, found.problem) == (True, False, "not measured: needs SM 89")
-    assert "| MoE fp8 bfloat16 | not measured: needs SM 89 |" in report.correctness_section([found]).markdown()
+    assert "| MoE fp8 bfloat16 | not measured: needs SM 89 |" in report.correctness_section("", [found]).markdown()
 
     def refuse(*arguments: Any) -> Any:
         raise library.Refused("no kernel")
@@ -152,3 +152,20 @@ def test_relative_error(actual: list[float], error: float) -> None:
 def test_relative_error_of_zeros() -> None:
     assert correctness.relative_error(np.zeros(2), np.zeros(2)) == 0
     assert correctness.relative_error(np.ones(2), np.zeros(2)) == math.inf
+
+
+@pytest.mark.parametrize(("code", "failed"), [(5, False), (3, True)])
+def test_a_build_that_ends_early_says_why(monkeypatch: pytest.MonkeyPatch, code: int, failed: bool) -> None:
+    commands = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        assert "TRITON_INTERPRET" not in options["env"]
+        commands.append(command[2:])
+        return SimpleNamespace(returncode=code, stderr="compiling\nerror: cmake is not installed: pip install cmake\n")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(library.subprocess, "run", run)
+    with pytest.raises(library.NotBuilt, match=r"^cmake is not installed: pip install cmake$") as caught:
+        library.build_for(90)
+    assert caught.value.failed is failed
+    assert commands[0][:5] == ["l4convert", "plugins", "build", "--sm", "90"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from l4convert.targets.hardware import load_hardware
-from tests.benchmarks.scripts import load, run_script
+from tests.benchmarks.scripts import load
 
 roofline = load("roofline")
 workloads = load("gpu_workloads")
@@ -115,10 +115,9 @@ def test_random_tokens_reach_every_expert_and_rows_are_the_same_every_time() -> 
     assert set(next(row for row in workloads.MOE if "to one expert" in row.name).chosen()) == {8}
 
 
-def test_a_dry_run_prints_every_row_without_a_gpu() -> None:
-    done = run_script("gpu_kernels.py", "--dry-run", "--hardware", "h100")
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+def test_a_dry_run_prints_every_row_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("gpu_kernels").main(["--dry-run", "--hardware", "h100"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(workloads.ROWS)
     assert len({line.count("|") for line in lines}) == 1
     (row,) = [line for line in lines if line.startswith("| scout MoE int4, decode 64 |")]
@@ -127,9 +126,11 @@ def test_a_dry_run_prints_every_row_without_a_gpu() -> None:
     assert "not measured: needs" in huge
 
 
-def test_the_readmes_tables() -> None:
-    done = run_script("roofline.py", "moe", "--hardware", "l4")
-    assert done.returncode == 0, done.stderr
-    assert "0.3 TB/s, as published" in done.stdout
-    assert done.stdout.count("| scout MoE") == sum(row.name.startswith("scout") for row in workloads.MOE)
-    assert run_script("roofline.py", "--hardware", "no such").returncode == 2
+def test_the_readmes_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert roofline.main(["moe", "--hardware", "l4"]) == 0
+    printed = capsys.readouterr().out
+    assert "0.3 TB/s, as published" in printed
+    assert printed.count("| scout MoE") == sum(row.name.startswith("scout") for row in workloads.MOE)
+    with pytest.raises(SystemExit, match="2"):
+        roofline.main(["--hardware", "no such"])
+    assert "is not a hardware profile" in capsys.readouterr().err

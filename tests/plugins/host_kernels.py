@@ -11,6 +11,7 @@ from tests.benchmarks.scripts import load
 from tests.plugins.stand_in import StandIn
 
 library = load("gpu_library")
+plugins = load("gpu_plugins")
 
 
 class HostBuffer:
@@ -27,15 +28,15 @@ class HostBuffer:
         return True
 
 
-class HostKernels(library.Kernels):  # type: ignore[misc, name-defined]
+class OnHost:
     """Every call runs on the stand-in, whose memory is that of the call's tensors."""
 
     def __init__(self, gpu: StandIn) -> None:
-        super().__init__(torch, gpu.library.path, "cpu", gpu.sm, gpu.multiprocessors)
+        super().__init__(torch, gpu.library.path, "cpu", gpu.sm, gpu.multiprocessors)  # type: ignore[call-arg]
         self.gpu = gpu
 
     def _call(self, enqueue: Any, held: tuple[Any, ...]) -> Any:
-        run = super()._call(enqueue, held)
+        run = super()._call(enqueue, held)  # type: ignore[misc]
 
         def call() -> None:
             tensors = {tensor.data_ptr(): tensor for tensor in held if tensor is not None}
@@ -47,3 +48,11 @@ class HostKernels(library.Kernels):  # type: ignore[misc, name-defined]
                     self.gpu.memory.free(buffer)
 
         return call
+
+
+class HostKernels(OnHost, library.Kernels):  # type: ignore[misc, name-defined]
+    """Through the library's C interface."""
+
+
+class HostPluginKernels(OnHost, plugins.PluginKernels):  # type: ignore[misc, name-defined]
+    """Through the TensorRT plugins."""

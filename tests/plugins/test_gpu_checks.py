@@ -10,33 +10,91 @@ import pytest
 import torch
 
 from tests.benchmarks.scripts import load
-from tests.plugins.host_kernels import HostKernels
+from tests.plugins.host_kernels import HostKernels, HostPluginKernels
 
 cases = load("gpu_cases")
 correctness = load("gpu_correctness")
+roofline = load("roofline")
+speed = load("gpu_speed")
 tensors = load("gpu_tensors")
+workloads = load("gpu_workloads")
 
 SCALE = cases.Scale(
-    tokens=(3, 20), experts=(4,), widths=(128,), head_dim=16, key_heads=(1, 2), chunk=32, lengths=70, new=45
+    tokens=(3, 20), experts=(4,), widths=(128,), head_dim=16, key_heads=(1, 2), chunks=(32,), lengths=70, new=45
 )
 GROUPS = {group.name: group for group in cases.groups(SCALE)}
 
 
 @pytest.mark.parametrize(
-    ("name", "numbers"),
+    ("through", "name", "numbers"),
     [
-        ("chunked attention bfloat16, fp8 cache", (4, 9)),  # ragged batches: single tokens, and a few
-        ("global attention float16, float16 cache", (2,)),
+        (HostKernels, "chunked attention bfloat16, fp8 cache", (4, 9)),  # ragged batches: single tokens, and a few
+        (HostKernels, "global attention float16, float16 cache", (2,)),
+        (HostKernels, "MoE int4 block 64 bfloat16", (0,)),
+        (HostKernels, "MoE fp8 float16", (1,)),
+        (HostPluginKernels, "global attention bfloat16, int8 cache", (1,)),
+        (HostPluginKernels, "MoE int4 block 32 bfloat16", (0,)),
+        (HostPluginKernels, "MoE plain float16", (0,)),
     ],
 )
 def test_kernels_equal_their_functions_bodies(
-    make_gpu: Callable[..., Any], name: str, numbers: tuple[int, ...]
+    make_gpu: Callable[..., Any], through: Any, name: str, numbers: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
     group = GROUPS[name]
     some = replace(group, cases=tuple(group.cases[number] for number in numbers))  # a case takes about a second
-    kernels = HostKernels(make_gpu(sm=90, multiprocessors=4))
+    kernels = through(make_gpu(sm=90, multiprocessors=4))
     result = correctness.check(kernels, lambda compute: tensors.Maker(torch, "cpu", compute), some)
     assert result.passed, result
     assert result.cases == len(numbers)
-    assert 0 < result.error < 1e-2
+    assert result.error < group.bound
+
+
+@pytest.fixture
+def bench(make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Measures on the stand-in: every call runs once and took a millisecond, in torch two."""
+
+    def timed(_: Any, calls: Any, estimate: float) -> float:
+        assert estimate > 0
+        if calls[0].__module__ != HostKernels.__module__:
+            return 2e-3
+        for call in calls:
+            call()
+        return 1e-3
+
+    monkeypatch.setattr(speed, "timed", timed)
+    limits = roofline.Limits(1e9, {"bf16": 1e12, "fp8": 2e12})
+    return speed.Bench(torch, HostKernels(make_gpu(sm=90, multiprocessors=4)), limits, 8 << 30, cache=1 << 12)
+
+
+@pytest.mark.parametrize(("weights", "block"), [("int4", 128), ("fp8", 0)])
+def test_rows_of_experts_are_measured_and_compared_with_torch(bench: Any, weights: str, block: int) -> None:
+    row = workloads.MoeRow("some", roofline.Experts(4, 128, 128, 1, weights, block), 2)
+    result = one(bench, row)
+    assert (result.seconds, result.torch_seconds, result.passed) == (1e-3, 2e-3, True)
+    assert result.difference < speed.LARGEST_DIFFERENCE[row.work.rate]
+
+
+def one(bench: Any, row: Any) -> Any:
+    (result,) = bench.measured([row], lambda name: None)
+    return result
+
+
+@pytest.mark.parametrize(("chunk", "new", "context"), [(64, 1, 40), (0, 20, 50)])
+def test_rows_of_attention_are_measured_and_compared_with_torch(bench: Any, chunk: int, new: int, context: int) -> None:
+    row = workloads.AttentionRow("some", roofline.Attention(5, 1, 16, chunk), 1, new, context)
+    result = one(bench, row)
+    assert (result.seconds, result.torch_seconds, result.passed) == (1e-3, 2e-3, True)
+    assert 0 < result.difference < 0.01
+    assert result.notes[0].startswith("onnxruntime: ")
+
+
+def test_a_row_that_does_not_fit_or_fails_does_not_stop_the_others(bench: Any) -> None:
+    layer = roofline.Attention(5, 1, 16, 0)
+    large = workloads.AttentionRow("large", layer, 64, 1, 1 << 21)
+    wide = workloads.AttentionRow("wide", roofline.Attention(20, 1, 16, 0), 1, 1, 20)
+    first, second = bench.measured([large, wide], lambda name: None)
+    assert first.problem.startswith("not measured: needs ")
+    assert first.passed
+    assert "20 query heads to a key/value head are too many" in second.problem
+    assert not second.passed
