@@ -17,8 +17,8 @@ from l4convert.plugins.library import compile as compiling
 from l4convert.plugins.library.build import BuildOptions
 from l4convert.plugins.library.variants import DEFAULT_SMS, Tuning, Variant
 from tests.conftest import PLUGINS
-from tests.plugins.cubin import read_cubin
 from tests.plugins.conftest import DEMO
+from tests.plugins.cubin import read_cubin
 
 BROKEN = {"broken": "tests.plugins.broken"}
 
