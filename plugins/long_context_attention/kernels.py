@@ -197,7 +197,11 @@ def decode(
     base = kv_row.to(tl.int64) * capacity * D
     highest = tl.full([R], float("-inf"), tl.float32)
     total = tl.zeros([R], tl.float32)
-    acc = tl.zeros([R, D], tl.float32)
+    # Bytes are multiplied as pairs, of even and odd columns: the units that turn a tile of values on its way to the
+    # matrix units do so with 16-bit elements only.
+    W: tl.constexpr = D if KV == NONE else D // 2
+    acc = tl.zeros([R, W], tl.float32)
+    odd = tl.zeros([R, W], tl.float32)
     if slot < first + span:
         at = kv_row * D + column
         k = _rope_and_norm(
@@ -216,7 +220,13 @@ def decode(
         v_number = _operand(v, KV, HARDWARE_FP8).to(tl.float32)
         highest = tl.sum(q.to(tl.float32) * k_number, 1) * SCALE
         total += 2.0**bits
-        acc += v_number * 2.0**bits
+        v_number *= 2.0**bits
+        if KV == NONE:
+            acc += v_number
+        else:
+            even_number, odd_number = tl.split(tl.reshape(v_number, [1, W, 2]))
+            acc += even_number
+            odd += odd_number
 
     end = tl.minimum(first + span, slot)
     lane_n = tl.arange(0, BN)
@@ -234,10 +244,21 @@ def decode(
         weights = tl.exp2(scores - (risen - bits)[:, None])
         sums = sums * keep[:, None] + weights
         total *= keep
-        v = tl.load(cache_value + at + tile, there[:, None], 0)
-        acc = tl.dot(weights.to(operand), _operand(v, KV, HARDWARE_FP8), acc * keep[:, None])
+        acc *= keep[:, None]
+        if KV == NONE:
+            v = tl.load(cache_value + at + tile, there[:, None], 0)
+            acc = tl.dot(weights.to(operand), v, acc)
+        else:
+            pair_at = lane_n[:, None] * W + tl.arange(0, W)[None, :]
+            pairs = tl.load(cache_value.to(tl.pointer_type(tl.uint16)) + at // 2 + pair_at, there[:, None], 0)
+            acc = tl.dot(weights.to(operand), _decode_bytes((pairs & 0xFF).to(tl.uint8), KV, HARDWARE_FP8), acc)
+            odd = tl.dot(
+                weights.to(operand), _decode_bytes((pairs >> 8).to(tl.uint8), KV, HARDWARE_FP8), odd * keep[:, None]
+            )
         highest = risen
     total += tl.sum(sums, 1)
+    if KV != NONE:
+        acc = tl.reshape(tl.join(acc, odd), [R, D])
     tl.store(partial_max + out, highest, mask=used)
     tl.store(partial_sum + out, total, mask=used)
     tl.store(partial + out[:, None] * D + column[None, :], acc * unit, mask=used[:, None])
@@ -279,7 +300,7 @@ def combine(
     if quantized != 0:
         head = (row % num_heads) // group
         acc *= tl.load(value_scale + head * D + column)
-    result = tl.where(total > 0, acc / total, 0.0)
+    result = tl.where(total > 0, acc / tl.where(total > 0, total, 1.0), 0.0)
     tl.store(attention + row.to(tl.int64) * D + column, result.to(attention.dtype.element_ty))
 
 
@@ -350,41 +371,6 @@ def _find_sequence(positions, sequence, new_tokens, BS: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    q, highest, total, acc,
-    t, past_key, past_value, new_key, new_value, past_tiles, past_from, past_end, new_from, new_end,
-    row_past, row_from, row_end, tile, lane_n,
-    MASKED: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, KV: tl.constexpr, HARDWARE_FP8: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys: the t-th, of which the first ``past_tiles`` are of the cache and the others new ones."""
-    is_past = t < past_tiles
-    start = tl.where(is_past, past_from + t * BN, new_from + (t - past_tiles) * BN)
-    at = start.to(tl.int64) * D
-    keys = tl.where(is_past, past_key, new_key) + at
-    values = tl.where(is_past, past_value, new_value) + at
-    if MASKED:
-        index = start + lane_n
-        there = (index < tl.where(is_past, past_end, new_end))[:, None]
-        k = tl.load(keys + tile, there, 0)
-    else:
-        k = tl.load(keys + tile)
-    scores = tl.dot(q, tl.trans(_operand(k, KV, HARDWARE_FP8)))
-    if MASKED:
-        lowest = tl.where(is_past, 0, row_from)
-        beyond = tl.where(is_past, row_past, row_end)
-        seen = (index[None, :] >= lowest[:, None]) & (index[None, :] < beyond[:, None])
-        scores = tl.where(seen, scores, LOWEST)
-    risen = tl.maximum(highest, tl.max(scores, 1) * SCALE)
-    keep = tl.exp2(highest - risen)
-    weights = tl.exp2(scores * SCALE - (risen - BITS)[:, None])
-    total = total * keep + tl.sum(weights, 1)
-    v = tl.load(values + tile, there, 0) if MASKED else tl.load(values + tile)
-    acc = tl.dot(weights.to(q.dtype), _operand(v, KV, HARDWARE_FP8), acc * keep[:, None])
-    return risen, total, acc
-
-
-@triton.jit
 def prefill(
     query,  # [B, S, Hk * G * D]
     cache_key,  # [B, Hk, M, D]
@@ -416,6 +402,7 @@ def prefill(
     SCALE: tl.constexpr,
     KV: tl.constexpr,
     HARDWARE_FP8: tl.constexpr,
+    MASK_ALL: tl.constexpr,  # Triton spreads the rows of mma.sync's tiles over warps where this is a branch
 ):
     """Program (tile and split, h, b): BM of the S*G queries of key/value head h, token after token, G heads each.
 
@@ -459,6 +446,10 @@ def prefill(
     if attn_scale > 0:
         q *= _temperature(position + index, floor_scale, attn_scale)[:, None]
     q = _query_operand(q.to(dtype).to(tl.float32), key_scale, head, dtype, KV, unit, D)
+    ready = attention.to(tl.pointer_type(operand)) + line0 * D + line[:, None] * D + column[None, :]
+    tl.store(ready, q, there[:, None])
+    tl.debug_barrier()
+    q = tl.load(ready, there[:, None], 0.0)
 
     # What a row sees: of the cache slots [0, row_past), of the new tokens [row_from, row_end).
     segment = (offset + index) // size
@@ -466,14 +457,12 @@ def prefill(
     row_from = tl.maximum(segment * size - offset, 0)
     row_end = index + 1
     low_segment = (offset + low) // size
-    one_segment = low_segment == (offset + tl.maximum(high, 0)) // size
+    edges_only = low_segment != (offset + tl.maximum(high, 0)) // size  # a chunk ends within the tile
     past_end = tl.where(some & (low_segment == 0), tl.minimum(offset.to(tl.int64), capacity).to(tl.int32), 0)
     new_from = tl.maximum(low_segment * size - offset, 0)
     new_end = tl.where(some, high + 1, new_from)
     past_tiles = tl.cdiv(past_end, BN)
-    new_tiles = tl.cdiv(new_end - new_from, BN)
-    past_full = tl.where(one_segment, past_end // BN, 0)
-    new_full = tl.where(one_segment & some, (low + 1 - new_from) // BN, 0)
+    tiles = past_tiles + tl.cdiv(new_end - new_from, BN)
 
     kv_row = (batch * heads + head).to(tl.int64)
     past_key = cache_key + kv_row * capacity * D
@@ -485,29 +474,33 @@ def prefill(
     highest = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
-    full = past_full + new_full
-    each = tl.cdiv(full, splits)
-    for t in tl.range(split * each, tl.minimum((split + 1) * each, full)):
-        highest, total, acc = _attend(
-            q, highest, total, acc,
-            t, past_key, past_value, new_key, new_value, past_full, 0, past_end, new_from, new_end,
-            row_past, row_from, row_end, tile, lane_n, False, bits, SCALE, KV, HARDWARE_FP8, D, BN,
-        )  # fmt: skip
-    edge_past = past_tiles - past_full
-    # The last part takes the tiles at the edges, and there each row sees at least its own token.
-    edges = tl.where(split == splits - 1, edge_past + new_tiles - new_full, 0)
-    for t in tl.range(0, edges):
-        highest, total, acc = _attend(
-            q, highest, total, acc,
-            t, past_key, past_value, new_key, new_value, edge_past, past_full * BN, past_end,
-            new_from + new_full * BN, new_end,
-            row_past, row_from, row_end, tile, lane_n, True, bits, SCALE, KV, HARDWARE_FP8, D, BN,
-        )  # fmt: skip
+    each = tl.cdiv(tiles, splits)
+    for t in tl.range(split * each, tl.minimum((split + 1) * each, tiles)):
+        is_past = t < past_tiles
+        start = tl.where(is_past, t * BN, new_from + (t - past_tiles) * BN)
+        at = start.to(tl.int64) * D
+        index_n = start + lane_n
+        held = (index_n < tl.where(is_past, past_end, new_end))[:, None]
+        k = tl.load(tl.where(is_past, past_key, new_key) + at + tile, held, 0)
+        scores = tl.dot(q, tl.trans(_operand(k, KV, HARDWARE_FP8)))
+        if MASK_ALL | edges_only | (start + BN > tl.where(is_past, past_end, low + 1)):
+            lowest = tl.where(is_past, 0, row_from)
+            beyond = tl.where(is_past, row_past, row_end)
+            seen = (index_n[None, :] >= lowest[:, None]) & (index_n[None, :] < beyond[:, None])
+            scores = tl.where(seen, scores, LOWEST)
+        risen = tl.maximum(highest, tl.max(scores, 1) * SCALE)
+        keep = tl.exp2(highest - risen)
+        weights = tl.exp2(scores * SCALE - (risen - bits)[:, None])
+        total = total * keep + tl.sum(weights, 1)
+        v = tl.load(tl.where(is_past, past_value, new_value) + at + tile, held, 0)
+        acc = tl.dot(weights.to(operand), _operand(v, KV, HARDWARE_FP8), acc * keep[:, None])
+        highest = risen
 
     if splits == 1:
         if KV != NONE:
             acc *= (tl.load(value_scale + head * D + column) * unit)[None, :]
-        result = tl.where((real & (total > 0))[:, None], acc / total[:, None], 0.0)
+        seen_any = real & (total > 0)
+        result = tl.where(seen_any[:, None], acc / tl.where(seen_any, total, 1.0)[:, None], 0.0)
         tl.store(attention + line0 * D + line[:, None] * D + column[None, :], result.to(dtype), there[:, None])
     else:
         out = (line0 + line) * splits + split

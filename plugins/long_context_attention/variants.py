@@ -65,6 +65,8 @@ def _decode(compute: str, kv: str, head_dim: int) -> Variant:
         "KV": code,
         "HARDWARE_FP8": True,
     }
+    # 99 KB of shared memory, not 163 or more.
+    narrow = Tuning({"BN": _small(head_dim, 32)}) if kv == "none" else Tuning(num_stages=3)
     return Variant(
         name=f"attention_decode_{compute}_{kv}_d{head_dim}",
         kernel="decode",
@@ -79,8 +81,8 @@ def _decode(compute: str, kv: str, head_dim: int) -> Variant:
         },
         constants=constants,
         num_warps=4,
-        num_stages=3,
-        per_sm={80: Tuning({"HARDWARE_FP8": False})},
+        num_stages=3 if kv == "none" else 4,  # a tile of bytes is half as large
+        per_sm={80: Tuning({"HARDWARE_FP8": False}), **dict.fromkeys((89, 120), narrow)},
     )
 
 
@@ -145,13 +147,14 @@ def _prefill(compute: str, kv: str, head_dim: int) -> Variant:
             "SCALE": _scale(head_dim),
             "KV": code,
             "HARDWARE_FP8": True,
+            "MASK_ALL": True,
         },
         num_warps=8,
         num_stages=2,
         per_sm={
-            80: Tuning({"HARDWARE_FP8": False}),
-            90: Tuning({"BN": _small(head_dim, 128)}),
-            100: Tuning({"BN": _small(head_dim, 128)}),
+            80: Tuning({"HARDWARE_FP8": False}, num_stages=3),
+            90: Tuning({"BN": _small(head_dim, 128), "MASK_ALL": False}, num_stages=3),
+            100: Tuning({"BN": _small(head_dim, 128), "MASK_ALL": False}, num_stages=2),
         },
     )
 
