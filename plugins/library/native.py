@@ -16,6 +16,8 @@ from pathlib import Path
 from l4convert.errors import DeviceError, InputError
 from l4convert.plugins.library.variants import Constant
 
+# Where `l4convert plugins build` puts it.
+DEFAULT_LIBRARY = Path("build/plugins/libl4convert_plugins.so")
 FLOATS = {"bf16": 0, "fp16": 1}
 WEIGHTS = {"plain": 0, "int4": 1, "fp8": 2}
 KV_DTYPES = {"none": 0, "fp8": 1, "int8": 2}
