@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -16,7 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def running_options(command: Command) -> Command:
-    """Add ``--engine NAME`` and ``--provider NAME``, which become the arguments ``engine`` and ``provider``."""
+    """Add ``--engine NAME``, ``--provider NAME`` and ``--plugins FILE``, which become arguments of these names."""
     engine = click.option(
         "--engine",
         metavar="NAME",
@@ -26,7 +27,13 @@ def running_options(command: Command) -> Command:
     provider = click.option(
         "--provider", type=click.Choice(["cpu", "cuda"]), help="ONNX Runtime's execution provider.  [default: cpu]"
     )
-    return engine(provider(command))
+    plugins = click.option(
+        "--plugins",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The engine's plugin library, if it was moved since `build`.",
+    )
+    return engine(provider(plugins(command)))
 
 
 def remarks(runner: OrtSession | EngineSession) -> tuple[str, ...]:

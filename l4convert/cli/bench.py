@@ -67,6 +67,7 @@ def command(
     plot: Path | None,
     engine: str | None,
     provider: Provider | None,
+    plugins: Path | None,
 ) -> None:
     """Measure the artifact in folder OUT: tokens a second, milliseconds a token, memory; by length of context."""
     from l4convert.bench.plot import check_plot_file
@@ -86,7 +87,7 @@ def command(
         threads=threads,
         synthetic=synthetic,
         breakdown=not no_breakdown,
-        run_with=RunWith(engine, provider),
+        run_with=RunWith(engine, provider, plugins),
     )
     report = bench(options, settings.progress())
     if plot is not None:

@@ -23,6 +23,7 @@ Examples:
   l4convert build scout --target rtx-pro-6000 --target rtx-5090
   l4convert build scout --target rtx-5090 --max-context 131072 --dry-run    does it fit? what would be built?
   l4convert build scout --target l40s --layers-per-engine 8 --segments 0-2  one machine's share of the engines
+  l4convert build scout-trt --target h100       TensorRT with the library of `l4convert plugins build`
 
 \b
 No GPU is needed where the artifact is for tensorrt-rtx. Engines that are built already are kept; run the command again
@@ -47,6 +48,9 @@ after it was interrupted. `l4convert targets` lists the hardware; a profile of y
               help="Do not compare the cut model with the whole one in ONNX Runtime.")  # fmt: skip
 @click.option("--memory-limit", metavar="SIZE",
               help="Most memory to use, as 20G.  [default: what the machine has free]")  # fmt: skip
+@click.option("--plugins", type=click.Path(path_type=Path), metavar="FILE",
+              help="The plugin library, for engines of the target tensorrt.  "
+                   "[default: build/plugins/libl4convert_plugins.so]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check everything and show what would be built; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Build again what is built already.")
 @global_options

@@ -57,6 +57,7 @@ def command(
     seed: int,
     engine: str | None,
     provider: Provider | None,
+    plugins: Path | None,
 ) -> None:
     """Continue a text with the artifact in folder OUT, printing as the tokens come.
 
@@ -71,7 +72,7 @@ def command(
         if prompt_file is None
         else {"prompt": None, "prompt_file": str(prompt_file)}
     )
-    _generate(artifact, text, asked, max_new_tokens, options, RunWith(engine, provider), settings_of(ctx))
+    _generate(artifact, text, asked, max_new_tokens, options, RunWith(engine, provider, plugins), settings_of(ctx))
 
 
 def _prompt_text(prompt: str | None, file: Path | None) -> str:

@@ -69,6 +69,7 @@ def command(
     html: Path | None,
     engine: str | None,
     provider: Provider | None,
+    plugins: Path | None,
 ) -> None:
     """Compare the artifact in folder OUT with the reference model, and hold it to a policy.
 
@@ -91,7 +92,7 @@ def command(
         progress=settings.progress(),
         tokens=tokens,
         window=window,
-        run_with=RunWith(engine, provider),
+        run_with=RunWith(engine, provider, plugins),
         exact_angles=exact_angles,
     )
     settings.emit("validate", report.to_json(), _table(report), summary=report.passed)

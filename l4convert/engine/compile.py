@@ -50,10 +50,13 @@ def compile_engine(out: Path, job: EngineJob, target: str, progress: Progress) -
             plan=descriptor,
             log=str(path.with_suffix(".log")),
             timings=str(path.parent / TIMING_CACHE),
+            plugins=None if job.plugins is None else str(job.plugins.path),
         )
         result = _run(order, task)
         peak = result.pop("peak_memory")
         entry = {**job.inputs, **result}
+        if job.plugins is not None:
+            entry["plugins_path"] = str(job.plugins.path)
         _require_fit(job, entry["bytes"])
         with reported(f"{path}: cannot be written"):
             forget_engine(out, job.path)  # so that no moment has an entry that describes another plan

@@ -28,6 +28,7 @@ from l4convert.engine.network import (
     tensor_bytes,
     with_plugin_nodes,
 )
+from l4convert.engine.plugins import PluginLibrary, find_library, require_kernels
 from l4convert.engine.segments import Span, cut, split_layers
 from l4convert.engine.shapes import TokenProfile, input_shapes, io_table, token_profiles
 from l4convert.errors import UsageError
@@ -53,6 +54,7 @@ class BuildOptions:
         memory_limit: Most memory to use, as "20G"; None: what the machine has free.
         overwrite: Build again what is built already.
         check_segments: Run the segments in ONNX Runtime and compare with the whole graph before building.
+        plugins: The plugin library, for artifacts of the target tensorrt; None: where it is built.
     """
 
     artifact: Path
@@ -65,6 +67,7 @@ class BuildOptions:
     memory_limit: str | None = None
     overwrite: bool = False
     check_segments: bool = True
+    plugins: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class EngineJob:
         memory_bytes: Estimated peak memory of building it.
         caches_bytes: Of all its key/value caches, at the largest batch.
         inputs: The entry of the manifest as far as it is known before building: an engine whose entry agrees is built.
+        plugins: The library of its plugins; None where it has none.
     """
 
     path: str
@@ -90,6 +94,7 @@ class EngineJob:
     memory_bytes: int
     caches_bytes: int
     inputs: dict[str, Any]
+    plugins: PluginLibrary | None = None
 
     @property
     def title(self) -> str:
@@ -140,7 +145,10 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     set_capacity(model, capacity)
     segments = cut(model, spans)
     parsed = [with_plugin_nodes(segment) for segment in segments] if info.target == "tensorrt" else segments
-    jobs = [_job(options, target, spans[i], parsed[i], capacity, source) for target in hardware for i in chosen]
+    library = _library(options, info, parsed, hardware)
+    jobs = [
+        _job(options, target, spans[i], parsed[i], capacity, source, library) for target in hardware for i in chosen
+    ]
     for job in jobs:
         checks.require_precisions(job.hardware, job.facts)
         checks.require_gpu_memory(job.hardware, job.facts.weights_bytes, job.caches_bytes, job.span.name)
@@ -156,6 +164,21 @@ def _hardware(names: Sequence[str], target: str) -> list[Hardware]:
             raise UsageError(f"two profiles are called {hardware.name}", "rename one of the files")
         checks.require_runtime(hardware, target)
     return list(loaded.values())
+
+
+def _library(
+    options: BuildOptions, info: ArtifactInfo, parsed: Sequence[onnx.ModelProto], hardware: Sequence[Hardware]
+) -> PluginLibrary | None:
+    """The plugin library, which has the kernels for every one of the GPUs."""
+    if info.target != "tensorrt":
+        if options.plugins is not None:
+            raise UsageError(f"--plugins: the artifact is for {info.target}, whose engines have no plugins")
+        return None
+    library = find_library(options.plugins, parsed)
+    if library is not None:
+        for target in hardware:
+            require_kernels(library, target, parsed)
+    return library
 
 
 def _capacity(info: ArtifactInfo, options: BuildOptions) -> Capacity:
@@ -197,6 +220,7 @@ def _job(
     model: onnx.ModelProto,
     capacity: Capacity,
     source: dict[str, Any],
+    library: PluginLibrary | None,
 ) -> EngineJob:
     facts = graph_facts(model)
     profiles = token_profiles(options.prefill_tokens, capacity)
@@ -226,5 +250,7 @@ def _job(
             "inputs": io_table(inputs),
             "outputs": io_table(outputs),
             **source,
+            **({} if library is None else {"plugins": library.as_dict()}),
         },
+        plugins=library,
     )

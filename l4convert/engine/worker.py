@@ -28,6 +28,7 @@ from l4convert.engine.backend import load_module, set_capability
 from l4convert.engine.log import BuildLog, make_logger
 from l4convert.engine.monitor import Steps, make_monitor
 from l4convert.engine.plan_file import PlanWriter, make_writer
+from l4convert.engine.plugins import allow_aliases, load_library
 from l4convert.errors import InputError, L4Error
 
 # TF32 rounds the factors of float32 products to 10 bits. What the graph computes in float32 (the router's choice of
@@ -51,6 +52,7 @@ class WorkOrder:
         shapes: For each optimization profile: least, usual and most shape of each input.
         plan: Open descriptor to write the plan to.
         log: Path of the log; ``timings``: of the timing cache.
+        plugins: Path of the plugin library; None where the graph needs none.
     """
 
     target: str
@@ -62,6 +64,7 @@ class WorkOrder:
     plan: int
     log: str
     timings: str
+    plugins: str | None = None
 
 
 class _Reporter:
@@ -128,12 +131,16 @@ def _drive(order: WorkOrder, module: Any, log: BuildLog, steps: Steps, plan: Pla
     """Parse, configure, build; returns the names of the builder's flags."""
     logger = make_logger(module, log)
     builder = module.Builder(logger)
+    if order.plugins is not None and not load_library(builder, order.plugins):
+        raise InputError(f"{order.plugins}: TensorRT does not load it: {log.reason()}", f"its log is {log.path}")
     network = builder.create_network(_network_flags(module))
     parser = module.OnnxParser(network, logger)
     _parse(parser, order, log)
     _allow_decomposition(module, network)
     config, monitor = builder.create_builder_config(), make_monitor(module, steps)
     config.progress_monitor = monitor
+    if order.plugins is not None:
+        allow_aliases(module, config)
     for name in _CLEARED_FLAGS:
         config.clear_flag(getattr(module.BuilderFlag, name))
     set_capability(module, config, order.sm)

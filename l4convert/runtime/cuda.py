@@ -30,9 +30,13 @@ class CudaDevice:
         cuda: Module ``cuda.bindings.runtime``.
         trt: Module ``tensorrt_rtx`` or ``tensorrt``.
         built_with: Version of it that built the engines to load.
+        plugins: The plugin library that the engines need; None for none.
+
+    Raises:
+        DeviceError: CUDA or TensorRT refuses.
     """
 
-    def __init__(self, gpu: Gpu, cuda: Any, trt: Any, built_with: str) -> None:
+    def __init__(self, gpu: Gpu, cuda: Any, trt: Any, built_with: str, plugins: Path | None = None) -> None:
         self._gpu = gpu
         self._cuda = cuda
         self._trt = trt
@@ -42,21 +46,24 @@ class CudaDevice:
         (self._stream,) = self.call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
         self._log = _logger(trt)
         self._runtime = trt.Runtime(self._log)
+        if plugins is not None and self._runtime.get_plugin_registry().load_library(str(plugins)) is None:
+            raise self.failed(f"{plugins} cannot be loaded")
 
     @classmethod
-    def open(cls, gpu: Gpu, module: str, built_with: str) -> Self:
+    def open(cls, gpu: Gpu, module: str, built_with: str, plugins: Path | None = None) -> Self:
         """Begin to use a GPU.
 
         Args:
             gpu: Which.
             module: ``tensorrt_rtx`` or ``tensorrt``.
             built_with: Version of it that built the engines to load.
+            plugins: The plugin library that they need; None for none.
 
         Raises:
             BackendMissing: cuda-python or that module is not installed.
             DeviceError: CUDA refuses.
         """
-        return cls(gpu, _module("cuda.bindings.runtime", "cuda"), _module(module, module), built_with)
+        return cls(gpu, _module("cuda.bindings.runtime", "cuda"), _module(module, module), built_with, plugins)
 
     @property
     def name(self) -> str:

@@ -16,7 +16,15 @@ from l4convert.runtime.bound_engine import GRAPH_USES, BoundEngine
 from l4convert.runtime.calls import InPlaceCall, calls_in_room
 from l4convert.runtime.device import Device
 from l4convert.runtime.engine_layout import longest_call
-from l4convert.runtime.engines import MODULES, Engine, check_engine_files, choose_engine, named_engines, read_engines
+from l4convert.runtime.engines import (
+    MODULES,
+    Engine,
+    check_engine_files,
+    choose_engine,
+    named_engines,
+    read_engines,
+    with_plugins,
+)
 from l4convert.runtime.history import TokenHistory, plan_return
 from l4convert.runtime.manifest import ArtifactInfo, read_artifact
 from l4convert.runtime.occupancy import Slots
@@ -33,7 +41,8 @@ def open_cuda(gpu: Gpu, engine: Engine) -> Device:
     """
     from l4convert.runtime.cuda import CudaDevice
 
-    return CudaDevice.open(gpu, engine.module, engine.version)
+    plugins = None if engine.plugins is None else engine.plugins.path
+    return CudaDevice.open(gpu, engine.module, engine.version, plugins)
 
 
 class EngineSession:
@@ -65,6 +74,7 @@ class EngineSession:
         *,
         hardware: str | None = None,
         max_length: int | None = None,
+        plugins: Path | None = None,
         gpus: Callable[[], Gpus] = find_gpus,
         open_device: OpenDevice = open_cuda,
     ) -> Self:
@@ -74,11 +84,12 @@ class EngineSession:
             artifact: The folder that ``convert`` wrote and ``build`` added engines to.
             hardware: The hardware profile whose engine to take; default: the first for this GPU.
             max_length: Tokens a sequence will have at most. Default, and limit: what the engine was built for.
+            plugins: The plugin library, where it is no longer where the engine was built with it.
             gpus: Finds GPUs; ``open_device``: opens one. Both are there to be replaced where there is no GPU.
 
         Raises:
             InputError: No artifact or engine, one for another GPU, or a file that is not what the manifest says.
-            UsageError: No engine of that name, or a length that it was not built for.
+            UsageError: No engine of that name, a length that it was not built for, or plugins that it has none of.
             BackendMissing: No GPU, or cuda-python or TensorRT is not installed.
             DeviceError: The GPU refuses the engine.
         """
@@ -99,6 +110,7 @@ class EngineSession:
                 "Build one with a larger --max-context.",
             )
         check_engine_files(artifact, engine)
+        engine = with_plugins(engine, plugins)
         device = open_device(gpu, engine)
         try:
             return cls(info, engine, gpu, device, max_length or engine.max_context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ MODULES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 """Python module that makes and runs an engine -> what it is called."""
 
 # What the plans of one engine have in common.
-_SHARED = ("compute_capability", "builder", "max_batch", "max_context", "profiles")
+_SHARED = ("compute_capability", "builder", "max_batch", "max_context", "profiles", "plugins")
 _REBUILD = "Run `l4convert build` again."
 
 
@@ -39,6 +39,20 @@ class Tensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """The plugin library that an engine was built with, and needs again to run.
+
+    Attributes:
+        path: Where it was then.
+        sha256: Of the file; ``version``: of the l4convert that made it.
+    """
+
+    path: Path
+    sha256: str
+    version: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class Engine:
         max_batch: The most sequences; ``max_context``: the most tokens of each.
         profiles: In the order of the plan.
         files: In the order of their layers.
+        plugins: What it needs besides TensorRT; None for most.
     """
 
     hardware: str
@@ -81,6 +96,7 @@ class Engine:
     max_context: int
     profiles: tuple[Profile, ...]
     files: tuple[EngineFile, ...]
+    plugins: Plugins | None = None
 
 
 def read_engines(artifact: Path) -> tuple[Engine, ...]:
@@ -160,11 +176,44 @@ def check_engine_files(artifact: Path, engine: Engine) -> None:
             raise InputError(f"{plan.path}: its SHA-256 is not that of the manifest", _REBUILD)
 
 
+def with_plugins(engine: Engine, asked: Path | None) -> Engine:
+    """The engine with the plugin library that is to be loaded: the very one that it was built with.
+
+    Args:
+        engine: What the manifest says.
+        asked: Where the library is now; None: where it was when the engine was built.
+
+    Raises:
+        UsageError: One is named, and the engine needs none.
+        InputError: It is not there, or is another one.
+    """
+    needed = engine.plugins
+    if needed is None:
+        if asked is not None:
+            raise UsageError(f"--plugins: the engine for {engine.hardware} has no plugins")
+        return engine
+    path = (asked or needed.path).resolve()
+    if not path.is_file():
+        raise InputError(
+            f"{path}: there is no plugin library, which the engine for {engine.hardware} was built with",
+            "--plugins FILE says where it is now",
+        )
+    with reported(f"{path}: cannot be read"):
+        digest = file_digest(path)[1]
+    if digest != needed.sha256:
+        raise InputError(
+            f"{path}: is not the plugin library that the engine for {engine.hardware} was built with (l4convert "
+            f"{needed.version}, SHA-256 {needed.sha256[:12]}...; this one {digest[:12]}...)",
+            "--plugins FILE names that one, or `l4convert build` builds the engine again with this one",
+        )
+    return replace(engine, plugins=replace(needed, path=path))
+
+
 def _engine(artifact: Path, hardware: str, entries: Sequence[Mapping[str, Any]], layers: int) -> Engine:
     """The engine of one hardware profile; where it was built in several ways, the one of the fewest plans."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries:
-        kinds.setdefault(json.dumps([entry[key] for key in _SHARED]), []).append(entry)
+        kinds.setdefault(json.dumps([entry.get(key) for key in _SHARED]), []).append(entry)
     reached = 0
     for alike in kinds.values():
         files, reached_now = _chain([_file(artifact, entry) for entry in alike], layers)
@@ -211,7 +260,13 @@ def _described(hardware: str, entry: Mapping[str, Any], files: tuple[EngineFile,
         max_context=int(entry["max_context"]),
         profiles=profiles,
         files=files,
+        plugins=_plugins(entry),
     )
+
+
+def _plugins(entry: Mapping[str, Any]) -> Plugins | None:
+    found = entry.get("plugins")
+    return None if found is None else Plugins(Path(entry["plugins_path"]), str(found["sha256"]), str(found["version"]))
 
 
 def _profile(entry: Mapping[str, Any]) -> Profile:

@@ -19,17 +19,21 @@ class RunWith:
     Attributes:
         engine: Name of the hardware profile whose engine to run; None: ONNX Runtime.
         provider: Its execution provider; None: the CPU.
+        plugins: The plugin library of the engine, where it is no longer where the engine was built with it.
 
     Raises:
-        UsageError: Both are given.
+        UsageError: Engine and provider are given, or plugins without an engine.
     """
 
     engine: str | None = None
     provider: Provider | None = None
+    plugins: Path | None = None
 
     def __post_init__(self) -> None:
         if self.engine is not None and self.provider is not None:
             raise UsageError("--engine and --provider exclude each other: an engine does not need ONNX Runtime")
+        if self.plugins is not None and self.engine is None:
+            raise UsageError("--plugins is for engines: name one with --engine")
 
     def open(
         self,
@@ -44,7 +48,7 @@ class RunWith:
         ``open_engine`` is there to be replaced where there is no GPU.
         """
         if self.engine is not None:
-            return open_engine(artifact, hardware=self.engine, max_length=max_length)
+            return open_engine(artifact, hardware=self.engine, max_length=max_length, plugins=self.plugins)
         return OrtSession.open(artifact, max_length=max_length, threads=threads, provider=self.provider or "cpu")
 
 

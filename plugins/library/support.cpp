@@ -64,7 +64,7 @@ Status check_kernels(const Op& op, int sm) {
   std::set<int> sms;
   for (int i = 0; i < kKernelCount; ++i) sms.insert(kKernels[i].sm);
   Status status = "the plugin library has no kernels: l4convert plugins build";
-  for (int each : sms) {
+  for (int each : sms) {  // the newest GPU's reason is told: older ones may lack whole number formats
     status = check_for(op, each);
     if (status.empty()) break;
   }

@@ -13,6 +13,9 @@ from l4convert.emit import read_manifest
 from l4convert.emit.manifest import encode_manifest
 from l4convert.pipeline import ConvertOptions, convert
 from tests.checkpoints import write_random_checkpoint
+from tests.plugins.conftest import interpreted_library
+
+__all__ = ["interpreted_library"]
 
 
 @pytest.fixture(scope="session")

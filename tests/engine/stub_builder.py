@@ -32,6 +32,10 @@ class BuilderFlag(enum.IntEnum):
     TF32 = 6
 
 
+class PreviewFeature(enum.IntEnum):
+    ALIASED_PLUGIN_IO_10_03 = 1
+
+
 class NetworkDefinitionCreationFlag(enum.IntEnum):
     STRONGLY_TYPED = 1
 
@@ -68,6 +72,11 @@ class _Config:
         self.profiles: list[dict[str, Any]] = []
         self.progress_monitor: Any = None
         self.cache = _Cache(b"")
+        self.preview: list[str] = []
+
+    def set_preview_feature(self, feature: PreviewFeature, on: bool) -> None:
+        assert on
+        self.preview.append(feature.name)
 
     def clear_flag(self, flag: BuilderFlag) -> None:
         self.flags.discard(flag)
@@ -124,12 +133,29 @@ class OnnxParser:
         return _Error()
 
 
+class _Registry:
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+        self.loaded: list[str] = []
+
+    def load_library(self, path: str) -> object | None:
+        if MODE == "plugins":
+            self.logger.log(Severity.ERROR, "plugin is registered already")
+            return None
+        self.loaded.append(path)
+        return object()
+
+
 class Builder:
     def __init__(self, logger: Any) -> None:
         self.logger = logger
+        self.registry = _Registry(logger)
+
+    def get_plugin_registry(self) -> _Registry:
+        return self.registry
 
     def create_network(self, flags: int) -> dict[str, Any]:
-        return {"flags": flags}
+        return {"flags": flags, "plugins": list(self.registry.loaded)}
 
     def create_builder_config(self) -> _Config:
         return _Config()
@@ -154,6 +180,7 @@ class Builder:
         content = {
             "network": network,
             "profiles": config.profiles,
+            "preview": config.preview,
             "cpu_only": os.environ.get("TRT_INTERNAL_OPTIONS"),
             "sm": getattr(config, "sm", None),
         }

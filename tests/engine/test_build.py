@@ -26,6 +26,7 @@ from l4convert.engine.build import is_built
 from l4convert.engine.plan_file import plan_file
 from l4convert.errors import BackendMissing, InputError, L4Error, UsageError
 from l4convert.pipeline import ConvertOptions, convert
+from l4convert.plugins.library import native
 from tests.engine.conftest import retarget
 
 SMALL = {"max_context": 64, "prefill_tokens": 8}
@@ -107,10 +108,12 @@ def test_full_tensorrt_is_driven_the_same_way(stubbed: Callable[[str], Path]) ->
     assert verify_artifact(out).ok
 
 
-def test_plugin_nodes_lose_their_definitions_for_the_parser_only(scout_layout: Path, tmp_path: Path) -> None:
+def test_plugin_nodes_lose_their_definitions_for_the_parser_only(
+    scout_layout: Path, tmp_path: Path, interpreted_library: native.Library
+) -> None:
     out = tmp_path / "out"
     convert(ConvertOptions(scout_layout, out, target="tensorrt", recipe="int4", kv_cache="static"))
-    plan = plan_build(_stub_options(out))
+    plan = plan_build(_stub_options(out, plugins=interpreted_library.path))
     [job] = plan.jobs
     assert {function.domain for function in plan.whole.functions} == {"l4convert"}
     assert not job.model.functions

@@ -85,12 +85,24 @@ class Engine:
 def tensorrt(engine: Engine | None, *, rtx: bool = True) -> Any:
     """Module ``tensorrt_rtx``, or ``tensorrt`` without what only the other has."""
 
+    loaded: list[str] = []
+
     class Logger:
         Severity = SimpleNamespace(ERROR=1)
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
             self.logger = logger
+
+        def get_plugin_registry(self) -> Any:
+            def load_library(path: str) -> object | None:
+                if "absent" in path:
+                    self.logger.log(1, "Unable to open it")
+                    return None
+                loaded.append(path)
+                return object()
+
+            return SimpleNamespace(load_library=load_library)
 
         def deserialize_cuda_engine(self, plan: Any) -> Engine | None:
             assert plan[:4] == b"plan"
@@ -100,6 +112,7 @@ def tensorrt(engine: Engine | None, *, rtx: bool = True) -> Any:
             return engine
 
     module = SimpleNamespace(ILogger=Logger, Runtime=Runtime, __version__="1.7.1")
+    module.loaded_plugins = loaded
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     if rtx:
         module.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="off")

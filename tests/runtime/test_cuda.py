@@ -99,6 +99,14 @@ def test_a_plan_that_cannot_be_loaded_says_what_tensorrt_said(plan_file: Path) -
     assert caught.value.hint is not None
 
 
+def test_plugins_are_loaded_before_any_engine() -> None:
+    module = tensorrt(Engine([]), rtx=False)
+    CudaDevice(GPU, Cuda(), module, "10.14", Path("/lib/plugins.so"))
+    assert module.loaded_plugins == ["/lib/plugins.so"]
+    with pytest.raises(DeviceError, match=r"^Fake: absent\.so cannot be loaded: Unable to open it$"):
+        CudaDevice(GPU, Cuda(), module, "10.14", Path("absent.so"))
+
+
 def test_a_context_a_profile_with_shared_scratch(plan_file: Path) -> None:
     engine = Engine([])
     here, _ = device(tensorrt(engine))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from l4convert.runtime.engines import (
     choose_engine,
     named_engines,
     read_engines,
+    with_plugins,
 )
 from l4convert.runtime.manifest import read_artifact
 from tests.runtime.fake_device import BATCH, CONTEXT, PREFILL, add_engines
@@ -211,3 +214,26 @@ def test_shapes_of_a_call() -> None:
     }
     for name, (shape, expected) in shapes.items():
         assert concrete(Tensor(name, "int64", shape), 2, 5, 100) == expected
+
+
+def test_plugins_are_the_very_ones_of_the_build(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(artifacts["static"], tmp_path / "a"))
+    library, moved, other = (tmp_path / name for name in ("library.so", "moved.so", "other.so"))
+    for path in (library, moved):
+        path.write_bytes(b"kernels")
+    other.write_bytes(b"more kernels")
+    recorded = {"sha256": hashlib.sha256(b"kernels").hexdigest(), "version": "1.2"}
+    add_engines(out, plugins=recorded, plugins_path=str(library))
+    [engine] = read_engines(out)
+    for asked, loaded in ((None, library), (moved, moved)):
+        found = with_plugins(engine, asked).plugins
+        assert found is not None
+        assert found.path == loaded
+    with pytest.raises(InputError, match=r"other\.so: is not the plugin library .* \(l4convert 1\.2, SHA-256 "):
+        with_plugins(engine, other)
+    library.unlink()
+    with pytest.raises(InputError, match=r"library\.so: there is no plugin library") as caught:
+        with_plugins(engine, None)
+    assert "--plugins" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="the engine for rtx-4090 has no plugins"):
+        with_plugins(replace(engine, plugins=None), moved)
