@@ -6,6 +6,7 @@ cast inside the graph, which is exact: the numbers are of the types that the op 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -192,25 +193,34 @@ def _type_of(spec: AttentionSpec, name: str) -> ir.DataType | None:
     return None
 
 
-def run(gpu: Any, call: Call, **shape: int) -> Result:
-    """The same by the plugin library, on a :class:`tests.plugins.stand_in.StandIn`; caches are written in place."""
-    return Run(gpu, call, **shape).result()
-
-
 class Run:
-    """One call on the stand-in GPU, and its buffers.
+    """The same call by the plugin library, on a :class:`tests.plugins.stand_in.StandIn`, and its buffers.
 
     Args:
         gpu: The stand-in.
         call: What to compute.
         in_place: Whether past and present are one buffer.
         count: Count how often every byte of the caches is loaded.
+        given: Buffers to use in place of the call's arrays.
+        capacity: Slots of given caches.
     """
 
-    def __init__(self, gpu: Any, call: Call, in_place: bool = True, count: bool = False) -> None:
+    def __init__(
+        self,
+        gpu: Any,
+        call: Call,
+        in_place: bool = True,
+        count: bool = False,
+        given: Mapping[str, Any] | None = None,
+        capacity: int | None = None,
+    ) -> None:
         spec, self.gpu, self.call = call.spec, gpu, call
-        names = definition.input_names(spec)
-        buffers = {name: gpu.upload(getattr(call, name), name, count and name.startswith("past")) for name in names}
+        buffers = dict(given or {})
+        for name in definition.input_names(spec):
+            if name not in buffers:
+                buffers[name] = gpu.upload(getattr(call, name), name, count and name.startswith("past"))
+        shape = shape_of(call)
+        shape.capacity = capacity or shape.capacity
         self.attention = gpu.empty(call.query.shape, call.query.dtype, "attention")
         self.present = [
             buffers[f"past_{part}"]
@@ -222,7 +232,7 @@ class Run:
         gpu.reset_counts()
         gpu.attention(
             attributes_of(spec),
-            shape_of(call),
+            shape,
             **buffers,
             attention=self.attention,
             present_key=self.present[0],
