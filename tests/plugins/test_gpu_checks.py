@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -98,3 +99,33 @@ def test_a_row_that_does_not_fit_or_fails_does_not_stop_the_others(bench: Any) -
     assert first.passed
     assert "20 query heads to a key/value head are too many" in second.problem
     assert not second.passed
+
+
+def test_the_part_of_the_kernels_as_a_whole(
+    bench: Any, make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = load("gpu_kernels")
+    shrunk = replace(GROUPS["global attention float16, float16 cache"], cases=GROUPS["MoE plain float16"].cases[:1])
+    row = workloads.AttentionRow("global attention", roofline.Attention(5, 1, 16, 0), 1, 1, 20)
+    monkeypatch.setattr(part, "groups", lambda scale, seed: [shrunk, GROUPS["MoE fp8 bfloat16"]])
+    monkeypatch.setattr(part, "PluginKernels", lambda *arguments: HostPluginKernels(kernels.gpu))
+    monkeypatch.setattr(part, "ROWS", (row, *workloads.MOE))
+    kernels = HostKernels(make_gpu(sm=90, multiprocessors=4))
+    found = part.run(torch, kernels, bench.limits, (8 << 30, 1 << 12), "attention", 0)
+    assert found.passed
+    assert found.measured
+    checked, plugged, timed = (section.markdown() for section in found.sections)
+    assert "| pass |" in checked
+    assert "| pass |" in plugged
+    assert "not slower than torch: met" in timed
+    (speed_row,) = found.content["speed"]
+    assert speed_row["aims"] == {"80% of copy": False, "not slower than torch": True}
+    assert json.loads(json.dumps(part.finite(found.content))) == found.content
+    monkeypatch.setattr(kernels, "moe", lambda *arguments: raising)
+    found = part.run(torch, kernels, bench.limits, (8 << 30, 1 << 12), "attention", 0)
+    assert not found.passed
+    assert "failed: RuntimeError: CUDA error: an illegal memory access" in found.sections[0].markdown()
+
+
+def raising() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
