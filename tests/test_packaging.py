@@ -129,6 +129,7 @@ def test_the_wheel_builds_the_plugin_library_and_its_bytes_are_the_same(wheel, b
     (tmp_path / "cache" / "cubins").symlink_to(PLUGINS / "cache" / "cubins")
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-m", "l4convert", "plugins", "build", "--output", "out", "--cache", "cache", "--json"]
+    command += ["--compute", "bf16"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["compiled"] == 0

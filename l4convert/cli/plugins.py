@@ -31,6 +31,7 @@ Examples:
   l4convert plugins build
   l4convert plugins build --sm 90 --sm 103 --jobs 8
   l4convert plugins build --head-dim 64 --head-dim 128   attention kernels for models of other shapes too
+  l4convert plugins build --compute bf16                 half of the kernels, in half the time
   l4convert plugins build --dry-run                      what would be compiled?
 
 \b
@@ -69,6 +70,8 @@ def command() -> None:
                    "[default: 80, 89, 90, 100, 120]")  # fmt: skip
 @click.option("--head-dim", type=int, multiple=True, metavar="N",
               help="Head dimension of attention kernels; may be given several times.  [default: 128]")  # fmt: skip
+@click.option("--compute", type=click.Choice(["bf16", "fp16"]), multiple=True,
+              help="Type of activations to compile for; may be given twice.  [default: both]")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=DEFAULT_OUTPUT, show_default=True,
               metavar="DIR", help="Folder for libl4convert_plugins.so.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N",
@@ -88,8 +91,8 @@ def build(ctx: click.Context, /, *, dry_run: bool, update_resources: bool, **val
 
     settings = settings_of(ctx)
     options = _options(**values)
-    if update_resources and (values["sm"] or values["head_dim"]):
-        raise UsageError("--update-resources is for the kernels of the default library: no --sm, no --head-dim")
+    if update_resources and (values["sm"] or values["head_dim"] or values["compute"]):
+        raise UsageError("--update-resources is for the kernels of the default library: no --sm, --head-dim, --compute")
     if dry_run:
         jobs = library.plan(options)
         missing = library.missing(options, jobs)
@@ -136,18 +139,20 @@ def _options(
     *,
     sm: tuple[int, ...],
     head_dim: tuple[int, ...],
+    compute: tuple[str, ...],
     output: Path,
     jobs: int | None,
     cache: Path | None,
     overwrite: bool,
 ) -> BuildOptions:
     from l4convert.plugins.library.build import BuildOptions, cache_folder
-    from l4convert.plugins.library.variants import DEFAULT_HEAD_DIMS, DEFAULT_SMS
+    from l4convert.plugins.library.variants import COMPUTES, DEFAULT_HEAD_DIMS, DEFAULT_SMS
 
     return BuildOptions(
         output=output,
         sms=sm or DEFAULT_SMS,
         head_dims=head_dim or DEFAULT_HEAD_DIMS,
+        computes=compute or COMPUTES,
         jobs=jobs or len(os.sched_getaffinity(0)),
         cache=cache or cache_folder(),
         overwrite=overwrite,

@@ -21,7 +21,7 @@ from l4convert.plugins.library.compile import Compiled, Job, compile_all, is_cac
 from l4convert.plugins.library.resources import Resources
 from l4convert.plugins.library.tables import write_sources
 from l4convert.plugins.library.tools import Tools, find_tools
-from l4convert.plugins.library.variants import DEFAULT_HEAD_DIMS, DEFAULT_SMS, KNOWN_SMS, OPS, gather
+from l4convert.plugins.library.variants import COMPUTES, DEFAULT_HEAD_DIMS, DEFAULT_SMS, KNOWN_SMS, OPS, gather
 from l4convert.progress import NO_PROGRESS, Progress
 
 SOURCES = Path(__file__).resolve().parent
@@ -46,6 +46,7 @@ class BuildOptions:
         output: Folder of the library.
         sms: The GPUs it is for.
         head_dims: Head dimensions that the attention kernels are made for.
+        computes: Types of activations that kernels are made for.
         jobs: Compilations at a time.
         cache: Where cubins and object files are kept.
         overwrite: Whether a library that is there may be replaced.
@@ -56,6 +57,7 @@ class BuildOptions:
     output: Path
     sms: tuple[int, ...] = DEFAULT_SMS
     head_dims: tuple[int, ...] = DEFAULT_HEAD_DIMS
+    computes: tuple[str, ...] = COMPUTES
     jobs: int = 1
     cache: Path = field(default_factory=cache_folder)
     overwrite: bool = False
@@ -101,7 +103,8 @@ def plan(options: BuildOptions) -> list[Job]:
     wrong = [size for size in options.head_dims if size < 16 or size & (size - 1)]
     if wrong or not options.head_dims:
         raise UsageError(f"--head-dim {wrong[0] if wrong else ''}: a power of two, 16 or more")
-    return jobs_of(gather(sorted(set(options.head_dims)), options.ops), options.sms, options.ops)
+    found = gather(sorted(set(options.head_dims)), options.ops, options.computes)
+    return jobs_of(found, options.sms, options.ops)
 
 
 def missing(options: BuildOptions, jobs: Sequence[Job]) -> list[Job]:

@@ -126,20 +126,23 @@ def source_digest(module: str) -> str:
             continue
         seen[name] = Path(spec.origin).read_bytes()
         own = name.split(".", 1)[0] + "."
-        waiting += [imported for imported in _imports(seen[name]) if imported.startswith(own)]
+        waiting += [imported for imported in _imports(seen[name], name) if imported.startswith(own)]
     digest = hashlib.sha256()
     for name in sorted(seen):
         digest.update(f"{name}\0{len(seen[name])}\0".encode() + seen[name])
     return digest.hexdigest()
 
 
-def _imports(source: bytes) -> list[str]:
+def _imports(source: bytes, module: str) -> list[str]:
+    """Every module that a module's source imports, by its full name."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.ImportFrom):
+            above = module.rsplit(".", node.level)[0] if node.level else ""
+            source_module = ".".join(part for part in (above, node.module) if part)
+            names += [source_module, *(f"{source_module}.{alias.name}" for alias in node.names)]
     return [name for name in names if _is_module(name)]
 
 
@@ -166,6 +169,8 @@ def _description_path(job: Job, cache_dir: Path) -> Path:
 
 
 def _read(job: Job, cache_dir: Path) -> Compiled:
+    if not is_cached(job, cache_dir):
+        raise InputError(f"{job.text}: its source changed while it was compiled", hint="run the command again")
     description = json.loads(_description_path(job, cache_dir).read_text())
     resources = Resources(**description["resources"])
     return Compiled(
@@ -209,6 +214,8 @@ def _compile(job: Job, cache_dir: Path) -> str | None:
     """Runs in a worker: write the cubin and its description; return what is wrong, as one line."""
     import triton
 
+    # Before the kernel's source is imported: what changes from now on must not be kept under its later name.
+    source_digest(f"{job.package}.kernels")
     triton.knobs.compilation.disable_line_info = True
     with tempfile.TemporaryDirectory(prefix="l4convert-triton-") as scratch:
         triton.knobs.cache.dir = scratch

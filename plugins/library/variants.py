@@ -7,7 +7,6 @@ An op's table is ``variants(head_dims)`` in its ``variants.py``, importable with
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,8 @@ Constant = int | float | bool | str
 # What a library is built for when nothing else is asked: A100, RTX 40 and L40, H100, B200, RTX 50.
 DEFAULT_SMS = (80, 89, 90, 100, 120)
 DEFAULT_HEAD_DIMS = (128,)
+# The types that activations may have.
+COMPUTES = ("bf16", "fp16")
 # Compute capabilities that the ptxas of Triton 3.6 has an architecture for, from A100 on.
 KNOWN_SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 # The ops that have kernels, and their packages.
@@ -86,13 +87,23 @@ class Variant:
 
 
 def gather(
-    head_dims: Sequence[int] = DEFAULT_HEAD_DIMS, ops: Mapping[str, str] = OPS
+    head_dims: Sequence[int] = DEFAULT_HEAD_DIMS, ops: Mapping[str, str] = OPS, computes: Sequence[str] = COMPUTES
 ) -> dict[str, tuple[Variant, ...]]:
-    """Every op's variants, by the op's key in ``ops``."""
+    """Every op's variants, by the op's key in ``ops``.
+
+    Args:
+        head_dims: Head dimensions of the attention kernels.
+        ops: The ops and their packages.
+        computes: Types of activations, of :data:`COMPUTES`; kernels that touch none of them are always there.
+    """
+    left_out = {f"*{compute}" for compute in COMPUTES if compute not in computes}
     found = {
-        op: tuple(importlib.import_module(f"{package}.variants").variants(head_dims=tuple(head_dims)))
+        op: tuple(
+            variant
+            for variant in importlib.import_module(f"{package}.variants").variants(head_dims=tuple(head_dims))
+            if not left_out & {*variant.signature.values()}
+        )
         for op, package in ops.items()
-        if importlib.util.find_spec(f"{package}.variants")  # until both ops have theirs
     }
     names = Counter(variant.name for variants in found.values() for variant in variants)
     twice = [name for name, count in names.items() if count > 1]

@@ -1,16 +1,16 @@
 """Triton kernels of ``l4convert::MoE``: the routing (routing.py) and the two grouped matrix products.
 
-A product is computed as ``W[N,K] x^T[K,rows]``: weights are the left operand, which tensor cores take from registers, so
-that codes are dequantized in registers and never written back. One program computes one tile: some output columns of one
-expert for up to TILE of its rows. Small tiles split K over the program's warps (``SPLIT`` slices, summed at the end),
-because a few rows give too few tiles to keep a GPU's memory busy otherwise.
+A product is computed as ``W[N,K] x^T[K,rows]``: weights are the left operand, which tensor cores take from registers,
+so that codes are dequantized in registers and never written back. One program computes one tile: some output columns of
+one expert for up to TILE of its rows. Small tiles split K over the program's warps (``SPLIT`` slices, summed at the
+end), because a few rows give too few tiles to keep a GPU's memory busy otherwise.
 """
 
 import triton
 import triton.language as tl
 
-from .rounding import fp8_codes, fp8_scale
-from .routing import moe_choose, moe_place, moe_route, moe_scan
+from l4convert.plugins.moe.rounding import fp8_codes, fp8_scale
+from l4convert.plugins.moe.routing import moe_choose, moe_place, moe_route, moe_scan
 
 __all__ = ["moe_choose", "moe_place", "moe_product", "moe_quantize", "moe_route", "moe_scan", "moe_sum"]
 
@@ -19,13 +19,13 @@ PLAIN, INT4, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _pairs(words, zero, STEP: tl.constexpr, SHAPE: tl.constexpr, TYPE: tl.constexpr):
-    """Codes 16 * STEP .. 16 * STEP + 15 of each group of 64: float32 [.., groups, 16] from int32 words [.., 8 * groups].
+    """Codes 16 * STEP .. of each group of 64, 136 or 1032 too large: float32 of shape SHAPE, [.., groups, 16].
 
     Nibbles STEP and STEP + 4 of a word become two neighbouring 16-bit numbers of one register. The bits 0x4300 + u are
     the bfloat16 number 128 + u, 0x6400 + u the float16 number 1024 + u; u is the code's four bits with the first one
     turned, which is the code + 8.
     """
-    MAGIC: tl.constexpr = 0x43084308 if TYPE == tl.bfloat16 else 0x64086408
+    MAGIC: tl.constexpr = 0x43084308 if tl.bfloat16 == TYPE else 0x64086408
     pairs = ((words >> (4 * STEP)) & 0x000F000F) ^ (zero + MAGIC)
     low = (pairs & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(TYPE, bitcast=True)
@@ -38,14 +38,15 @@ def _dequantize(
 ):
     """round(code * scale), TYPE [.., COLUMNS, DEPTH], in the order of K.
 
-    All arithmetic is written in float32 and rounded after each step; the compiler makes one instruction for two codes of
-    each: LOP3, HADD2, HMUL2 and, for three steps of four, a shift.
+    All arithmetic is written in float32 and rounded after each step; the compiler makes one instruction for two codes
+    of each: LOP3, HADD2, HMUL2 and, for three steps of four, a shift.
 
     Args:
         words: int32 [.., COLUMNS, DEPTH / 8]; scale: TYPE [.., COLUMNS, DEPTH / 32].
-        zero: An int32 0 that the compiler cannot know: else it does mask and exclusive or one by one, each with a constant.
+        zero: An int32 0 that the compiler cannot know: else mask and exclusive or, which each have a constant, are two
+            instructions.
     """
-    OFFSET: tl.constexpr = 136.0 if TYPE == tl.bfloat16 else 1032.0
+    OFFSET: tl.constexpr = 136.0 if tl.bfloat16 == TYPE else 1032.0
     FLAT: tl.constexpr = SPLIT == 1
     STEP: tl.constexpr = (COLUMNS, DEPTH // 64, 16) if FLAT else (SPLIT, COLUMNS, DEPTH // 64, 16)
     SPREAD: tl.constexpr = (COLUMNS, DEPTH // 32, 32) if FLAT else (SPLIT, COLUMNS, DEPTH // 32, 32)

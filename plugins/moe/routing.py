@@ -1,25 +1,28 @@
 """Triton kernels that choose experts and put the tokens' scaled rows in the experts' order.
 
-Up to 64 rows one launch does it all (:func:`moe_route`). More rows take three: :func:`moe_choose` writes what each token
+Up to 64 tokens one launch does it all (:func:`moe_route`). More take three: :func:`moe_choose` writes what each token
 chose and how often each expert was chosen in its block of tokens, :func:`moe_scan` turns these counts into first rows
 and into the table of tiles, :func:`moe_place` writes the rows. Rows of one expert are in the order of their tokens, so
 two calls give the same bits.
 """
+# mypy: ignore-errors
+# (as kernels.py: Triton's language has no types that a checker knows)
+# ruff: noqa: N803, N806 (as kernels.py: constants of the compiler in capitals, sizes as the formulas name them)
 
 import triton
 import triton.language as tl
 
-from .rounding import fp8_codes, fp8_scale
+from l4convert.plugins.moe.rounding import fp8_codes, fp8_scale
 
 
 @triton.jit
 def _keys(logits, tokens, experts, T, E):
-    """int32 [tokens, experts] that order as the logits do; padding comes last. Of equal logits the caller takes the first."""
+    """int32 [tokens, experts] that order as the logits do; equal logits have equal keys; padding comes last."""
     inside = (tokens < T)[:, None] & (experts < E)[None, :]
     values = tl.load(logits + tokens.to(tl.int64)[:, None] * E + experts[None, :], mask=inside, other=0.0)
     values = tl.where(values == 0.0, 0.0, values)  # -0 equals 0
     bits = values.to(tl.int32, bitcast=True)
-    # A float's bits order as integers once the magnitude of negative ones is turned round. Nothing but padding is the least.
+    # A float's bits order as integers once the magnitude of negative ones is turned round. The least is for padding.
     keys = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
     return tl.where(inside, keys, -0x7FFFFFFF - 1)
 
@@ -62,7 +65,7 @@ def _write_tiles(tiles, first, counts, experts, slots, tile):
     needed = (counts + tile - 1) // tile
     start = tl.cumsum(needed, axis=0) - needed
     used = tl.sum(needed, axis=0)
-    for i in range(0, tl.max(needed, axis=0)):
+    for i in range(tl.max(needed, axis=0)):
         entry = tiles + 4 * (start + i)
         has = i < needed
         tl.store(entry, experts, mask=has)

@@ -1,6 +1,6 @@
 """Which MoE kernels are compiled: types, tile sizes, and what differs from GPU to GPU. See README.md for the reasons.
 
-Names, as launch.cpp asks for them: ``moe_gate_up_int4_bf16_m8`` (product, weights, compute type, rows of a tile's class),
+Names, as launch.cpp asks for them: ``moe_gate_up_int4_bf16_m8`` (product, weights, compute type, class of tiles),
 ``moe_route_bf16_t64`` (with ``_fp8`` where rows are E4M3 codes), ``moe_place_bf16``, ``moe_choose``, ``moe_scan``,
 ``moe_quantize_bf16``, ``moe_sum_bf16``.
 """

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from l4convert.frontend.builder import Builder
 from l4convert.plugins.long_context_attention import definition
 from l4convert.plugins.long_context_attention.definition import AttentionSpec
+from l4convert.plugins.library import native
 from l4convert.quantization.kv import KV_FORMATS
 from l4convert.runtime.cpu_form import to_cpu_form
 
@@ -189,3 +190,95 @@ def _type_of(spec: AttentionSpec, name: str) -> ir.DataType | None:
         assert spec.kv_dtype != "none"
         return KV_FORMATS[spec.kv_dtype].storage
     return None
+
+
+def run(gpu: Any, call: Call, **shape: int) -> Result:
+    """The same by the plugin library, on a :class:`tests.plugins.stand_in.StandIn`; caches are written in place."""
+    return Run(gpu, call, **shape).result()
+
+
+class Run:
+    """One call on the stand-in GPU, and its buffers.
+
+    Args:
+        gpu: The stand-in.
+        call: What to compute.
+        in_place: Whether past and present are one buffer.
+        count: Count how often every byte of the caches is loaded.
+    """
+
+    def __init__(self, gpu: Any, call: Call, in_place: bool = True, count: bool = False) -> None:
+        spec, self.gpu, self.call = call.spec, gpu, call
+        names = definition.input_names(spec)
+        buffers = {name: gpu.upload(getattr(call, name), name, count and name.startswith("past")) for name in names}
+        self.attention = gpu.empty(call.query.shape, call.query.dtype, "attention")
+        self.present = [
+            buffers[f"past_{part}"]
+            if in_place
+            else gpu.empty(call.past_key.shape, call.past_key.dtype, f"present_{part}")
+            for part in ("key", "value")
+        ]
+        self.buffers = buffers
+        gpu.reset_counts()
+        gpu.attention(
+            attributes_of(spec),
+            shape_of(call),
+            **buffers,
+            attention=self.attention,
+            present_key=self.present[0],
+            present_value=self.present[1],
+        )
+
+    def result(self) -> Result:
+        """What it gave; the buffers are freed."""
+        found = Result(*(buffer.numpy().astype(np.float32) for buffer in (self.attention, *self.present)))
+        self.gpu.free(*{*self.buffers.values(), self.attention, *self.present})
+        return found
+
+
+def attributes_of(spec: AttentionSpec) -> native.Attention:
+    """As the library takes them."""
+    return native.Attention(
+        num_heads=spec.num_heads,
+        kv_num_heads=spec.kv_num_heads,
+        head_dim=spec.head_dim,
+        chunk_size=spec.chunk_size,
+        rope=spec.rope,
+        qk_norm_eps=spec.qk_norm_eps,
+        floor_scale=spec.floor_scale,
+        attn_scale=spec.attn_scale,
+        compute=native.FLOATS["bf16" if spec.compute == "bfloat16" else "fp16"],
+        kv_dtype=native.KV_DTYPES[spec.kv_dtype],
+    )
+
+
+def shape_of(call: Call) -> native.AttentionShape:
+    """As the library takes them."""
+    return native.AttentionShape(
+        batch=len(call.positions),
+        new_tokens=call.new_tokens,
+        seen_tokens=call.positions.shape[1],
+        capacity=call.past_key.shape[2],
+        table_rows=0 if call.cos is None else len(call.cos),
+    )
+
+
+def relative_error(actual: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest difference over the largest number."""
+    assert actual.size and np.isfinite(actual).all()
+    return float(np.abs(actual - wanted).max() / np.abs(wanted).max())
+
+
+def cache_errors(call: Call, actual: Result, wanted: Result) -> tuple[float, float]:
+    """Largest relative differences of present keys and values; slots that the call does not write must be untouched."""
+    for before, after, reference in (
+        (call.past_key, actual.present_key, wanted.present_key),
+        (call.past_value, actual.present_value, wanted.present_value),
+    ):
+        past = before.astype(np.float32)
+        kept = (reference == past).all(axis=-1)
+        np.testing.assert_array_equal(after[kept], past[kept])
+    return (
+        relative_error(actual.present_key, wanted.present_key),
+        relative_error(actual.present_value, wanted.present_value),
+    )

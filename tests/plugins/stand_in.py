@@ -184,7 +184,7 @@ class StandIn:
         )
 
     def attention(
-        self, attention: native.Attention, shape: native.AttentionShape, **buffers: DeviceBuffer | None
+        self, attention: native.Attention, shape: native.AttentionShape, /, **buffers: DeviceBuffer | None
     ) -> None:
         """One call of the op; the workspace is made, unless given, and freed."""
         size = self.library.attention_workspace(attention, shape, self.multiprocessors)

@@ -31,7 +31,7 @@ def library(built_library: Path) -> native.Library:
 def test_the_library_has_every_kernel_for_every_sm(library):
     wanted = [
         (variant.name, sm)
-        for found in variants.gather().values()
+        for found in variants.gather(computes=("bf16",)).values()
         for variant in found
         for sm in DEFAULT_SMS
         if sm >= variant.least_sm
@@ -40,6 +40,17 @@ def test_the_library_has_every_kernel_for_every_sm(library):
     assert sorted((kernel.name, kernel.sm) for kernel in library.kernels) == sorted(wanted)
     assert library.sms == DEFAULT_SMS
     assert library.version == __version__
+
+
+def test_kernels_for_one_type_of_activations_are_half_and_those_without_any():
+    both, bf16, fp16 = (
+        {variant.name for found in variants.gather(computes=computes).values() for variant in found}
+        for computes in (("bf16", "fp16"), ("bf16",), ("fp16",))
+    )
+    assert both == bf16 | fp16
+    assert not [name for name in bf16 if "fp16" in name]
+    assert not [name for name in fp16 if "bf16" in name]
+    assert bf16 & fp16 == {name for name in both if "fp16" not in name and "bf16" not in name}
 
 
 def test_every_image_is_a_cubin_of_its_sm_with_its_kernel(library):
@@ -75,7 +86,7 @@ def test_a_build_compiles_only_what_is_not_there_yet(tmp_path):
     once_more = build.build(options)
     assert once_more.compiled == 1
     assert once_more.library.read_bytes() == first
-    assert list(tmp_path.glob("*.so")) == [once_more.library]
+    assert {path.name for path in tmp_path.iterdir()} <= {build.LIBRARY, *build.COMPANIONS}
 
 
 def test_what_changes_a_kernel_changes_its_place_in_the_cache(tmp_path):
@@ -97,16 +108,17 @@ def test_a_digest_covers_the_files_that_a_kernel_file_imports(tmp_path, monkeypa
     (package / "__init__.py").write_text("")
     (package / "helper.py").write_text("A = 1\n")
     (package / "kernels.py").write_text("import math\nfrom kernels_of_a_test.helper import A\n")
+    (package / "other.py").write_text("from .helper import A\n")
     monkeypatch.syspath_prepend(tmp_path)
 
-    def digest() -> str:
+    def digests() -> list[str]:
         compiling.source_digest.cache_clear()
-        return compiling.source_digest("kernels_of_a_test.kernels")
+        return [compiling.source_digest(f"kernels_of_a_test.{name}") for name in ("kernels", "other")]
 
-    first = digest()
-    assert digest() == first
+    first = digests()
+    assert digests() == first
     (package / "helper.py").write_text("A = 2\n")
-    assert digest() != first
+    assert not {*digests()} & {*first}
 
 
 @pytest.mark.parametrize(
