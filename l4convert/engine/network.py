@@ -45,9 +45,10 @@ _PRECISIONS: dict[int, str] = {
     onnx.TensorProto.FLOAT4E2M1: "fp4",
 }
 _QUANTIZED = {"int8", "int4", "fp8", "fp4"}
-# How the lowering of experts names stacks of codes in 32-bit words, and how many codes are in a word
-# (graph_passes/lower_moe_to_loop.py). They are looked up in a table, so they need no precision of the hardware.
-_PACKED = {"_int4_packed": 8, "_fp8_packed": 4}
+# How lowerings of experts name stacks of codes in words, and the bits of a code (graph_passes/lower_moe_to_loop.py,
+# graph_passes/pack_experts.py). Codes are looked up in a table or read by our kernels' integer arithmetic, so by
+# themselves they need no precision of the hardware.
+_PACKED = {"_int4_packed": 4, "_fp8_packed": 8}
 _PACKED_SCALE = "_packed_scale"
 
 
@@ -175,14 +176,17 @@ def _codes(tensor: onnx.TensorProto) -> int:
 
 
 def _codes_a_word(tensor: onnx.TensorProto) -> int:
-    return next((codes for suffix, codes in _PACKED.items() if tensor.name.endswith(suffix)), 0)
+    code = next((bits for suffix, bits in _PACKED.items() if tensor.name.endswith(suffix)), 0)
+    return _BITS.get(tensor.data_type, 8) // code if code else 0
 
 
 def _types_of(node: onnx.NodeProto) -> Iterator[int]:
-    """Element types that a node names: of a cast, of what it quantizes to, of a constant."""
+    """Element types that a node names: of a cast, of what it quantizes to, of a constant, of a plugin's products."""
     for attribute in node.attribute:
         if attribute.name in {"to", "output_dtype"}:
             yield attribute.i
+        elif node.domain == FUNCTION_DOMAIN and attribute.name == "activations" and attribute.s == b"fp8":
+            yield onnx.TensorProto.FLOAT8E4M3FN
         elif attribute.type == onnx.AttributeProto.TENSOR:
             yield attribute.t.data_type
 

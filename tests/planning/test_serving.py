@@ -30,7 +30,7 @@ def test_scout_on_h100s(scout: ServingPlan):
     assert gpus == {"bfloat16": 8, "fp8": 8, "int8": 8, "int4": 4}
     fp8 = next(row for row in scout.rows if row.caches.dtype == "fp8")
     assert (fp8.by_bytes, fp8.fewest) == (5, Layout(2, 3))
-    assert "each of 4 would hold 1.4 GB too much" in fp8.reason
+    assert "each of 4 would hold 1.3 GB too much" in fp8.reason
 
 
 def test_the_weights_are_about_60_gb(plan: ConversionPlan):
