@@ -36,6 +36,7 @@ GROUPS = {group.name: group for group in cases.groups(SCALE)}
         (HostPluginKernels, "global attention bfloat16, int8 cache", (1,)),
         (HostPluginKernels, "MoE int4 block 32 bfloat16", (0,)),
         (HostPluginKernels, "MoE plain float16", (0,)),
+        (HostPluginKernels, "MoE fp8 float16", (0,)),
     ],
 )
 def test_kernels_equal_their_functions_bodies(
