@@ -1,6 +1,7 @@
 # `make help` lists the targets. Everything is installed into $(VENV), and only when what it is made of changed.
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+GPU_PYTHON ?= $(shell command -v python3 || echo $(PYTHON))
 ARGS   ?=
 
 BIN    := $(VENV)/bin
@@ -9,7 +10,7 @@ EXTRAS := dev,reference
 # Compiled into the editable package when it is installed.
 KERNELS := $(wildcard l4convert/quantization/native*.cpp l4convert/quantization/native*.h)
 
-.PHONY: help venv test lint format demo plugins gpu clean
+.PHONY: help venv test lint format demo plugins gpu gpu-environment clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -44,10 +45,16 @@ demo: $(STAMP) ## Convert the bundled model to INT4 and FP8, validate both, gene
 plugins: $(STAMP) ## Build the library of GPU kernels and TensorRT plugins into build/plugins (no GPU needed)
 	$(BIN)/l4convert plugins build --output build/plugins --cache build/plugins/cache --overwrite $(ARGS)
 
-gpu: $(STAMP) ## Check and time engines and the CUDA provider on the GPU of this machine (exit 5 where there is none)
-	@$(BIN)/python benchmarks/gpu.py --probe
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tensorrt-rtx]' 'onnxruntime-gpu[cuda,cudnn]'
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+# A Python that has torch with CUDA, Triton and the rest already is used as it is: no network is needed then. Otherwise
+# everything goes into $(VENV).
+gpu: ## Check and time kernels, engines and the CUDA provider on the GPU of this machine (exit 5 where there is none)
+	@$(GPU_PYTHON) benchmarks/gpu_environment.py --probe
+	@if $(GPU_PYTHON) benchmarks/gpu_environment.py --ready; \
+	then PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu.py $(ARGS); \
+	else $(MAKE) --no-print-directory gpu-environment && $(BIN)/python benchmarks/gpu.py $(ARGS); fi
+
+gpu-environment: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plugins,tensorrt-rtx]' 'onnxruntime-gpu[cuda,cudnn]'
 
 clean: ## Remove caches, build products and the environment
 	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/*/out

@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from l4convert.checkpoint.lazy import Constant, InterleavedHalves, LazyTensor, transposed
+from l4convert.plugins.moe.layout import GROUP, K_ORDER
 from l4convert.quantization import layouts, native
 from l4convert.quantization.fp8 import quantize_fp8
 from l4convert.quantization.int4 import BLOCK_SIZES, SCALE_RULES, int4_blocks, quantize_int4
@@ -101,8 +102,11 @@ def workloads(weights: np.ndarray) -> Iterator[tuple[str, Work]]:
             yield f"{label} QMoE from [E,K,N]", writer([int4.qmoe(weight) for weight in stored])
             yield f"{label} DequantizeLinear from [E,K,N]", writer([int4.plain(weight) for weight in stored])
             yield f"{label} MatMulNBits from [N,K]", writer([int4.nbits(weight) for weight in linear])
+            yield f"{label} words of the MoE plugin from [E,K,N]", writer([int4.words(weight) for weight in stored])
     yield "fp8: DequantizeLinear from [E,K,N]", writer([[transposed(quantize_fp8(transposed(w))[0])] for w in stored])
     yield "fp8: [N,K]", writer([[quantize_fp8(w)[0]] for w in linear])
+    fp8_words = [layouts.long_words(quantize_fp8(transposed(w))[0]) for w in stored]
+    yield "fp8: words of the MoE plugin from [E,K,N]", writer([[words] for words in fp8_words])
     for rule in SCALE_RULES:
         yield f"int4 {rule}, block 128: the NumPy definition", definition(weights, rule)
     ort = onnxruntime_quantizer(weights)
@@ -123,6 +127,10 @@ class IntScheme:
 
     def plain(self, weight: LazyTensor) -> list[LazyTensor]:
         return [transposed(quantize_int4(transposed(weight), self.block_size, self.rule)[0])]
+
+    def words(self, weight: LazyTensor) -> list[LazyTensor]:
+        values, scales = quantize_int4(transposed(weight), self.block_size, self.rule)
+        return [layouts.ordered_words(values, GROUP, K_ORDER), scales]
 
     def nbits(self, weight: LazyTensor) -> list[LazyTensor]:
         values, scales = quantize_int4(weight, self.block_size, self.rule)

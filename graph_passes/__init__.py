@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from l4convert.graph_passes import (
-    absorb_dequantize,
     expand_rotary_embedding,
     fuse_experts,
     inline_functions,
@@ -18,6 +17,7 @@ from l4convert.graph_passes import (
     lower_moe_to_qmoe,
     move_activation_scales,
     outline_attention,
+    pack_experts,
     quantize_kv_cache,
     quantize_weights,
     split_activation_scales,
@@ -64,9 +64,9 @@ LOWERING_PASSES: tuple[Pass, ...] = (
         exact=False,
     ),
     Pass(
-        "absorb_dequantize",
-        "MoE takes quantized weights as they are stored, with their scales, for a plugin to read",
-        absorb_dequantize.run,
+        "pack_experts",
+        "MoE takes quantized weights as the plugin's kernels read them, packed in words, with their scales",
+        pack_experts.run,
     ),
     Pass(
         "lower_attention_to_gqa",

@@ -200,9 +200,10 @@ def _check_kv_cache(recipe: Recipe, target: Target, options: ConvertOptions | Pl
             )
     elif recipe.kv_cache.dtype not in target.kv_dtypes:
         others = ", ".join(name for name, row in TARGETS.items() if recipe.kv_cache.dtype in row.kv_dtypes)
+        taken = f", only of {' and '.join(target.kv_dtypes)}" if target.kv_dtypes else ""
         raise UsageError(
-            f"target {target.name} takes no key/value caches of {recipe.kv_cache.dtype}",
-            f"give --kv-dtype none, or a target that does: {others}",
+            f"target {target.name} takes no key/value caches of {recipe.kv_cache.dtype}{taken}",
+            f"give --kv-dtype {' or '.join((*target.kv_dtypes, 'none'))}, or a target that does: {others}",
         )
 
 

@@ -50,7 +50,16 @@ TARGETS: dict[str, Target] = {
         Target("cpu", cpu.SUMMARY, _passes(cpu.LOWERING)),
         Target("cuda", cuda.SUMMARY, _passes(cuda.LOWERING), cuda.KV_CACHES, _ON_GPU),
         Target("portable", portable.SUMMARY, _passes(portable.LOWERING)),
-        Target("tensorrt", tensorrt.SUMMARY, _passes(tensorrt.LOWERING), ("static",), _ON_GPU, "in_place", 128),
+        Target(
+            "tensorrt",
+            tensorrt.SUMMARY,
+            _passes(tensorrt.LOWERING),
+            ("static",),
+            _ON_GPU,
+            "in_place",
+            128,
+            tensorrt.KV_DTYPES,
+        ),
         Target(
             "tensorrt-rtx",
             tensorrt_rtx.SUMMARY,

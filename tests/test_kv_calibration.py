@@ -226,6 +226,11 @@ NO_CACHES = next((name for name, row in TARGETS.items() if not row.kv_dtypes), "
         (["--kv-dtype", "fp8", "--calibration", "binary.txt"], 3, "binary.txt: not UTF-8"),
         (["--kv-dtype", "fp8", "--calibration", "notes.txt", "--calibration-tokens", "5"], 2, "5 tokens are too few"),
         (["--kv-dtype", "int4", "--calibration", "notes.txt", "--target", NO_CACHES], 2, f"target {NO_CACHES} "),
+        (
+            ["--kv-dtype", "int4", "--calibration", "notes.txt", "--target", "tensorrt"],
+            2,
+            "of int4, only of fp8 and int8\nhint: give --kv-dtype fp8 or int8 or none, or a target",
+        ),
     ],
 )
 def test_refusals(

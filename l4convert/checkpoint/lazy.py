@@ -73,6 +73,11 @@ class LazyTensor(ir.TensorProtocol):
         return ()
 
     @property
+    def by_columns(self) -> bool:
+        """Whether a block of its columns, not of its rows, is what follows from a block of its sources' rows."""
+        return False
+
+    @property
     def origin(self) -> str:
         """The first of them, as an error names it: "model-00001.safetensors: tensor 'a.weight'"."""
         name = f"tensor {(self.sources or (self.name or 'without a name',))[0]!r}"
@@ -243,6 +248,10 @@ class Transposed(Derived):
         *lead, rows, cols = part.dims
         super().__init__([part], part.dtype, [*lead, cols, rows])
 
+    @property
+    def by_columns(self) -> bool:
+        return not self.parts[0].by_columns
+
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         return self.parts[0].tile(batch, cols, rows).T
 
@@ -336,6 +345,10 @@ class Mapped(Derived):
     def __init__(self, part: LazyTensor, function: Callable[[np.ndarray], np.ndarray], dtype: ir.DataType) -> None:
         super().__init__([part], dtype, part.dims, part.matrix)
         self._function = function
+
+    @property
+    def by_columns(self) -> bool:
+        return self.parts[0].by_columns
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         return self._function(self.parts[0].tile(batch, rows, cols))

@@ -99,7 +99,10 @@ class Blocks:
                 raise RuntimeError(f"{name}: computed {len(data)} bytes, not {piece.nbytes}, for row {piece.start}")
             _check_piece(piece, data)
             digest.update(data)
-            write_at(self._descriptor, piece.offset, data, f"{self._name}: tensor {name!r}")
+            view = memoryview(data)
+            for offset, nbytes in piece.places:
+                write_at(self._descriptor, offset, view[:nbytes], f"{self._name}: tensor {name!r}")
+                view = view[nbytes:]
         return Done(job.index, digest.digest(), job.nbytes, resumed=False)
 
     def _holds(self, job: Job, recorded: bytes) -> bool:
@@ -112,8 +115,8 @@ class Blocks:
         """Digest of the pieces' bytes as the file holds them; empty where it ends before them."""
         digest = new_digest()
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        for piece in pieces:
-            position, stop = piece.offset, piece.offset + piece.nbytes
+        for offset, nbytes in (place for piece in pieces for place in piece.places):
+            position, stop = offset, offset + nbytes
             while position < stop:
                 count = os.preadv(self._descriptor, [buffer[: min(BLOCK_BYTES, stop - position)]], position)
                 if not count:

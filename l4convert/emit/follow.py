@@ -94,8 +94,7 @@ class Follower:
                 self._digest.begin(planned.offset)
                 for job in group_jobs(group, first):
                     self._wait_for(job.index)
-                    piece = job.pieces[number]
-                    self._digest.extend(piece.offset + piece.nbytes)
+                    self._digest.extend(job.pieces[number].complete)
                 tensors[planned.name] = self._digest.end()
             first += count_jobs(group)
         self._wait_for(first)  # the last "job": everything else is written

@@ -13,7 +13,7 @@ from itertools import islice
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, Derived, LazyTensor, array_bytes
-from l4convert.emit.plan import PlannedTensor, WeightsPlan
+from l4convert.emit.plan import PlannedTensor, WeightsPlan, goes_by_columns
 
 # An upper bound of what computing a block holds at its peak, per element of the weights that it is computed from (two
 # copies in BF16, float32 where a whole block is converted, values before and after packing, and the bytes of the
@@ -26,28 +26,53 @@ _LEAST_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The bytes that one job writes of one tensor: ``nbytes`` at ``offset`` of the file."""
+    """The bytes that one job writes of one tensor: of the rows, or columns, of a matrix from ``start`` to ``stop``."""
 
     planned: PlannedTensor
     batch: int
     start: int
     stop: int
     whole: bool
-
-    @property
-    def offset(self) -> int:
-        return self.planned.offset + self._position(self.start)
+    by_columns: bool = False
 
     @property
     def nbytes(self) -> int:
-        return self.planned.nbytes if self.whole else self._position(self.stop) - self._position(self.start)
+        return sum(nbytes for _, nbytes in self.places)
+
+    @property
+    def offset(self) -> int:
+        """Of its first byte in the file."""
+        return next(self.places)[0]
+
+    @property
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Where its bytes go, in their order: offset in the file, and how many."""
+        begin = self.planned.offset
+        if self.by_columns:
+            tensor = _lazy(self.planned)
+            first, last = (column * tensor.dtype.bitwidth // 8 for column in (self.start, self.stop))
+            for row in range(tensor.matrix[1]):
+                yield begin + self._position(row) + first, last - first
+        elif self.whole:
+            yield begin, self.planned.nbytes
+        else:
+            yield begin + self._position(self.start), self._position(self.stop) - self._position(self.start)
+
+    @property
+    def complete(self) -> int:
+        """Up to where the tensor's bytes are all in the file once this job, and all before it, are done."""
+        if not self.by_columns:
+            return self.offset + self.nbytes
+        _, rows, cols = _lazy(self.planned).matrix
+        return self.planned.offset + self._position(rows if self.stop == cols else 0)
 
     def compute(self) -> bytes | memoryview:
         """Its bytes, as stored."""
         tensor = self.planned.tensor
         if self.whole or not isinstance(tensor, LazyTensor):
             return tensor.tobytes()
-        part = (self.batch, slice(self.start, self.stop), slice(0, tensor.matrix[2]))
+        some, every = slice(self.start, self.stop), slice(0, tensor.matrix[1 if self.by_columns else 2])
+        part = (self.batch, *((every, some) if self.by_columns else (some, every)))
         if tensor.dtype.bitwidth < 8 and tensor.matrix[2] % 2 == 0:  # no two rows share a byte
             return tensor.packed(*part).tobytes()
         return array_bytes(tensor.tile(*part), tensor.dtype)
@@ -106,7 +131,7 @@ def group_jobs(group: Sequence[PlannedTensor], first: int) -> Iterator[Job]:
     """The jobs of a group, numbered from ``first``.
 
     The tensors of a group advance in step, so that what they are computed from is read once: by the same rows, or where
-    one has a row for several of another (scales of blocks), by as many times fewer.
+    one has a row for several of another (scales of blocks), by as many times fewer; or by columns.
     """
     step = _rows_a_job(group)
     if step is None:
@@ -114,13 +139,15 @@ def group_jobs(group: Sequence[PlannedTensor], first: int) -> Iterator[Job]:
         yield Job(first, tuple(Piece(planned, 0, 0, 0, True) for planned in group), memory + _LEAST_BYTES)
         return
     batch, rows, times = _heights(group)
-    width = max(_width(planned.tensor) for planned in group)
-    memory = min(step, rows) * width * _BYTES_AN_ELEMENT + _LEAST_BYTES
+    memory = min(step, rows) * _group_width(group, times) * _BYTES_AN_ELEMENT + _LEAST_BYTES
     for b in range(batch):
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            pieces = (Piece(planned, b, start // n, stop // n, False) for planned, n in zip(group, times, strict=True))
-            yield Job(first, tuple(pieces), memory)
+            pieces = tuple(
+                Piece(planned, b, start // n, stop // n, False) if n else Piece(planned, b, start, stop, False, True)
+                for planned, n in zip(group, times, strict=True)
+            )
+            yield Job(first, pieces, memory)
             first += 1
 
 
@@ -137,9 +164,8 @@ def _rows_a_job(group: Sequence[PlannedTensor]) -> int | None:
     """Rows in a job; None where the group cannot be cut, because it is in memory or matrices share bytes."""
     if not all(isinstance(planned.tensor, LazyTensor) for planned in group):
         return None
-    width = max(_width(planned.tensor) for planned in group)
-    rows = max(_LEAST_ROWS, TILE_ELEMENTS // width)
     batch, _, times = _heights(group)
+    rows = max(_LEAST_ROWS, TILE_ELEMENTS // _group_width(group, times))
     block = max(times)
     rows = max(block, rows // block * block)
     for planned, n in zip(group, times, strict=True):
@@ -152,11 +178,17 @@ def _rows_a_job(group: Sequence[PlannedTensor]) -> int | None:
 
 
 def _heights(group: Sequence[PlannedTensor]) -> tuple[int, int, list[int]]:
-    """Matrices, rows of the tallest, and how many of those go with one row of each tensor."""
-    batch = _lazy(group[0]).matrix[0]
-    heights = [_lazy(planned).matrix[1] for planned in group]
-    tallest = max(heights)
-    return batch, tallest, [tallest // max(1, height) for height in heights]
+    """Matrices, rows of the tallest, and how many of those go with one row of each tensor; 0: one with a column."""
+    tensors = [_lazy(planned) for planned in group]
+    highest = max(tensors, key=lambda tensor: tensor.matrix[1])
+    batch, tallest, _ = highest.matrix
+    times = [0 if goes_by_columns(t, highest) else tallest // max(1, t.matrix[1]) for t in tensors]
+    return batch, tallest, times
+
+
+def _group_width(group: Sequence[PlannedTensor], times: Sequence[int]) -> int:
+    """The longest row that computing a row of the group passes through."""
+    return max(_width(planned.tensor) for planned, n in zip(group, times, strict=True) if n)
 
 
 def _width(tensor: ir.TensorProtocol) -> int:

@@ -28,6 +28,9 @@ FILLER_PREFIX = "__padding__."
 EXTERNAL_FROM_BYTES = 1024
 # Rows of one tensor of a group to a row of another: the largest block of :mod:`l4convert.quantization.int4`.
 MOST_ROWS_A_BLOCK = 128
+# A tensor is written column by column only where it has this many times fewer rows than the one that it goes with has
+# columns: scales have one for 32 INT4 codes, eight of which are a word.
+_LEAST_TIMES_FEWER = 4
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,8 @@ def _grouped(external: Iterable[tuple[ir.Value, ...]]) -> list[list[tuple[ir.Val
     """Groups in the order of their first members.
 
     Members have the same sources (or the same part of them) and as many matrices, of as many rows or a whole number of
-    times fewer: the scales of blocks of rows.
+    times fewer: the scales of blocks of rows. Or a member has a few long rows, and a column of it goes with a row of
+    the others (:func:`goes_by_columns`): the scales of blocks inside of rows, stored the other way round.
     """
     related: dict[Hashable, list[tuple[ir.Value, ...]]] = {}
     for values in external:
@@ -192,14 +196,25 @@ def _grouped(external: Iterable[tuple[ir.Value, ...]]) -> list[list[tuple[ir.Val
         related.setdefault(together or id(tensor), []).append(values)
     groups: list[list[tuple[ir.Value, ...]]] = []
     for members in related.values():
-        tallest = max(_rows(values[0]) for values in members)
+        highest = max(members, key=lambda values: _rows(values[0]))
+        tallest = _rows(highest[0])
         parts: dict[int, list[tuple[ir.Value, ...]]] = {}
         for values in members:
             rows = _rows(values[0])
             in_step = rows > 0 and tallest % rows == 0 and tallest // rows <= MOST_ROWS_A_BLOCK
+            in_step |= goes_by_columns(_tensor(values[0]), _tensor(highest[0]))
             parts.setdefault(tallest if in_step else rows, []).append(values)
         groups.extend(parts.values())
     return groups
+
+
+def goes_by_columns(tensor: ir.TensorProtocol, tallest: ir.TensorProtocol) -> bool:
+    """Whether a tensor of a group is written by blocks of its columns, each with as many rows of the tallest one."""
+    if not isinstance(tensor, LazyTensor) or not isinstance(tallest, LazyTensor) or tensor.dtype.bitwidth < 8:
+        return False
+    (_, rows, cols), (_, height, width) = tensor.matrix, tallest.matrix
+    few = rows * _LEAST_TIMES_FEWER <= width and rows < height
+    return tensor.by_columns and not tallest.by_columns and cols == height and few
 
 
 def _rows(value: ir.Value) -> int:

@@ -45,10 +45,12 @@ _PRECISIONS: dict[int, str] = {
     onnx.TensorProto.FLOAT4E2M1: "fp4",
 }
 _QUANTIZED = {"int8", "int4", "fp8", "fp4"}
-# How the lowering of experts names stacks of codes in 32-bit words, and how many codes are in a word
-# (graph_passes/lower_moe_to_loop.py). They are looked up in a table, so they need no precision of the hardware.
-_PACKED = {"_int4_packed": 8, "_fp8_packed": 4}
-_PACKED_SCALE = "_packed_scale"
+# How lowerings of experts name stacks of codes in words, and the bits of a code (graph_passes/lower_moe_to_loop.py,
+# graph_passes/pack_experts.py). Codes are looked up in a table or read by our kernels' integer arithmetic, so by
+# themselves they need no precision of the hardware.
+_PACKED = {"_int4_packed": 4, "_fp8_packed": 8}
+#: How names of their scales end.
+PACKED_SCALE = "_packed_scale"
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,9 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
             nbytes = -(-math.prod(tensor.dims) * _BITS.get(tensor.data_type, 8) // 8)
             codes, precision = _codes(tensor), _PRECISIONS.get(tensor.data_type)
             total += nbytes
-            packed += nbytes if precision in {"int4", "fp4"} or _codes_a_word(tensor) else 0
+            packed += nbytes if precision in {"int4", "fp4"} or codes_a_word(tensor) else 0
             weights += codes
-            scale = tensor.name in scales or tensor.name.endswith(_PACKED_SCALE)
+            scale = tensor.name in scales or tensor.name.endswith(PACKED_SCALE)
             unquantized += 0 if codes or scale else nbytes
             types.add(tensor.data_type)
         types |= {node_type for node in graph.node for node_type in _types_of(node)}
@@ -170,19 +172,23 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
 
 def _codes(tensor: onnx.TensorProto) -> int:
     """How many quantized weights a tensor holds."""
-    each = _codes_a_word(tensor) or int(_PRECISIONS.get(tensor.data_type) in _QUANTIZED)
+    each = codes_a_word(tensor) or int(_PRECISIONS.get(tensor.data_type) in _QUANTIZED)
     return int(math.prod(tensor.dims)) * each
 
 
-def _codes_a_word(tensor: onnx.TensorProto) -> int:
-    return next((codes for suffix, codes in _PACKED.items() if tensor.name.endswith(suffix)), 0)
+def codes_a_word(tensor: onnx.TensorProto) -> int:
+    """How many codes are in an element of packed experts; 0: the tensor is something else."""
+    code = next((bits for suffix, bits in _PACKED.items() if tensor.name.endswith(suffix)), 0)
+    return _BITS.get(tensor.data_type, 8) // code if code else 0
 
 
 def _types_of(node: onnx.NodeProto) -> Iterator[int]:
-    """Element types that a node names: of a cast, of what it quantizes to, of a constant."""
+    """Element types that a node names: of a cast, of what it quantizes to, of a constant, of a plugin's products."""
     for attribute in node.attribute:
         if attribute.name in {"to", "output_dtype"}:
             yield attribute.i
+        elif node.domain == FUNCTION_DOMAIN and attribute.name == "activations" and attribute.s == b"fp8":
+            yield onnx.TensorProto.FLOAT8E4M3FN
         elif attribute.type == onnx.AttributeProto.TENSOR:
             yield attribute.t.data_type
 

@@ -7,15 +7,19 @@ around a zero point of 8 (ONNX Runtime, docs/ContribOperators.md: MatMulNBits an
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import Derived, LazyTensor, pack_rows
+from l4convert.quantization import native
 
 ZERO_POINT = 8
 # Two's complement nibbles become offset ones, and back, by flipping their upper bit; both nibbles of a byte at once.
 _FLIP = np.uint8(0x88)
+# Joined to words together, so that temporaries stay in a core's cache.
+_JOINED_COLUMNS = 256
 
 
 def matmul_nbits(values: LazyTensor, block_size: int) -> LazyTensor:
@@ -65,6 +69,37 @@ def words(values: LazyTensor) -> LazyTensor:
     return _Words(values, codes)
 
 
+def ordered_words(values: LazyTensor, group: int, order: Sequence[int]) -> LazyTensor:
+    """INT4 codes as 32-bit words along K, reordered inside groups of K, for the kernels of ``l4convert::MoE``.
+
+    Args:
+        values: INT4 [E, N, K]; K is a multiple of ``group``.
+        group: Codes that are reordered among themselves, a multiple of 8.
+        order: Slot s of a group takes its code ``order[s]``.
+
+    Returns:
+        INT32 [E, N, K / 8]; the lowest bits of a word are the first slot.
+    """
+    _require(values, axes=3)
+    if values.dims[-1] % group:
+        raise ValueError(f"{values!r}: K is not a multiple of {group}")
+    return _OrderedWords(values, group, order)
+
+
+def long_words(values: LazyTensor) -> LazyTensor:
+    """FP8 codes as 64-bit words along K, in order, for the kernels of ``l4convert::MoE``.
+
+    Args:
+        values: FLOAT8E4M3FN [E, N, K]; K is a multiple of 8.
+
+    Returns:
+        INT64 [E, N, K / 8]; the lowest byte of a word is the first code.
+    """
+    if values.dtype != ir.DataType.FLOAT8E4M3FN or len(values.dims) != 3 or values.dims[-1] % 8:
+        raise ValueError(f"{values!r}: expected FP8 codes [E, N, K] with K a multiple of 8")
+    return _LongWords(values)
+
+
 def pack(values: np.ndarray) -> np.ndarray:
     """Pack [..., 2n] values in [-8, 7] (INT4 or any integer type) into uint8 [..., n]."""
     flat = values.astype(np.int8).reshape(-1, values.shape[-1])
@@ -75,6 +110,23 @@ def unpack(packed: np.ndarray) -> np.ndarray:
     """The inverse of :func:`pack`, and of :func:`qmoe`: uint8 [..., n] to int8 [..., 2n]."""
     stored = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
     return stored.astype(np.int8) - np.int8(ZERO_POINT)
+
+
+def reorder_nibbles(packed: np.ndarray, group: int, order: Sequence[int]) -> np.ndarray:
+    """Reorder 4-bit codes, two a byte, inside groups: slot s takes code ``order[s]`` of its group.
+
+    Args:
+        packed: uint8 [R, n * group / 2].
+        group: Codes in a group.
+        order: A permutation of ``range(group)``.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    if native.AVAILABLE and group == native.REORDERED:
+        return native.reorder(packed, order)
+    codes = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1, group)
+    return pack_rows(codes[:, list(order)]).reshape(packed.shape)
 
 
 def unpack_matmul_nbits(packed: np.ndarray, cols: int) -> np.ndarray:
@@ -117,3 +169,44 @@ class _Words(Derived):
         part = (batch, rows, slice(cols.start * self._codes, cols.stop * self._codes))
         stored = values.packed(*part) if values.dtype.bitwidth == 4 else values.tile(*part).view(np.uint8)
         return np.ascontiguousarray(stored).view("<i4")
+
+
+class _OrderedWords(Derived):
+    def __init__(self, values: LazyTensor, group: int, order: Sequence[int]) -> None:
+        batch, rows, cols = values.matrix
+        super().__init__([values], ir.DataType.INT32, [*values.dims[:-1], cols // 8], (batch, rows, cols // 8))
+        self._group, self._order = group, tuple(order)
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        words = self._group // 8
+        first, last = cols.start // words, -(-cols.stop // words)
+        stored = self.parts[0].packed(batch, rows, slice(first * self._group, last * self._group))
+        ordered = reorder_nibbles(stored, self._group, self._order).view("<i4")
+        return ordered[:, cols.start - first * words : cols.stop - first * words]
+
+
+class _LongWords(Derived):
+    def __init__(self, values: LazyTensor) -> None:
+        batch, rows, cols = values.matrix
+        super().__init__([values], ir.DataType.INT64, [*values.dims[:-1], cols // 8], (batch, rows, cols // 8))
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        codes = self.parts[0].tile(batch, rows, slice(cols.start * 8, cols.stop * 8)).view(np.uint8)
+        return (codes.view("<u8") if codes.flags.c_contiguous else _join_columns(codes)).view("<i8")
+
+
+def _join_columns(codes: np.ndarray) -> np.ndarray:
+    """Eight bytes of a row as a word: uint8 [R, 8n], contiguous along columns, to uint64 [R, n].
+
+    Neighbours are joined while whole columns are at hand, so that words are transposed, not bytes.
+    """
+    words = np.empty((codes.shape[0], codes.shape[1] // 8), "<u8")
+    for start in range(0, codes.shape[1], _JOINED_COLUMNS):
+        part = codes[:, start : start + _JOINED_COLUMNS].T
+        for kind in ("<u2", "<u4", "<u8"):
+            bits = 8 * part.itemsize
+            upper = part[1::2].astype(kind)
+            upper <<= bits
+            part = np.bitwise_or(part[0::2], upper, out=upper)
+        words[:, start // 8 : start // 8 + len(part)] = part.T
+    return words

@@ -172,5 +172,19 @@ EXPORT int l4_fp8(const uint8_t *data, int64_t rows, int64_t columns, int64_t st
     return SELECT(fp8, &matrix, bf16, by_column, scales, out);
 }
 
+/* Groups of 64 codes, two a byte: slot s of a group takes code order[s]. Bytes are unpacked first: a look-up each. */
+EXPORT void l4_reorder(const uint8_t *from, uint8_t *to, int64_t groups, const uint8_t *order)
+{
+    for (int64_t g = 0; g < groups; g++, from += 32, to += 32) {
+        uint8_t codes[64];
+        for (int i = 0; i < 32; i++) {
+            codes[2 * i] = from[i] & 15;
+            codes[2 * i + 1] = from[i] >> 4;
+        }
+        for (int i = 0; i < 32; i++)
+            to[i] = codes[order[2 * i]] | codes[order[2 * i + 1]] << 4;
+    }
+}
+
 /* Counts changes of this interface and of the results; native.py refuses a library of another count. */
-EXPORT int l4_interface(void) { return 2; }
+EXPORT int l4_interface(void) { return 3; }

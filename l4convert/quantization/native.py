@@ -1,4 +1,4 @@
-"""The compiled kernels (native.cpp): the arithmetic of :mod:`.int4` and :mod:`.fp8` at the speed of memory.
+"""The compiled kernels (native.cpp): :mod:`.int4`, :mod:`.fp8` and a layout of codes, at the speed of memory.
 
 They give the bytes of the NumPy definitions, bit for bit; tests compare them. Where no compiler was at hand when the
 package was built there is no library, :data:`AVAILABLE` is false, and the definitions themselves are used. Every call
@@ -8,12 +8,13 @@ is single-threaded, thread-safe and releases the GIL. docs/adr/0010-quantization
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-_INTERFACE = 2
+_INTERFACE = 3
 
 # The highest instruction set to use (x86-64: 0 SSE2, 1 AVX2, 2 AVX-512), where the machine has it.
 _LEVEL = 2
@@ -23,6 +24,7 @@ _SIGNATURES = {
     "l4_interface": [],
     "l4_int4": [_ADDRESS, *4 * [_SIZE], *5 * [_INT], _ADDRESS, _ADDRESS],
     "l4_magnitudes": [_ADDRESS, *3 * [_SIZE], *3 * [_INT], _ADDRESS],
+    "l4_reorder": [_ADDRESS, _ADDRESS, _SIZE, _ADDRESS],
     "l4_fp8": [_ADDRESS, *3 * [_SIZE], *3 * [_INT], _ADDRESS, _ADDRESS],
 }
 
@@ -122,6 +124,29 @@ def fp8(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
         values.ctypes.data,
     )
     return values.T if by_column else values
+
+
+#: Codes in the groups that :func:`reorder` takes.
+REORDERED = 64
+
+
+def reorder(packed: np.ndarray, order: Sequence[int]) -> np.ndarray:
+    """Reorder 4-bit codes inside groups of :data:`REORDERED`, as :func:`.layouts.reorder_nibbles`.
+
+    Args:
+        packed: uint8 [R, 32 n].
+        order: A permutation of ``range(64)``: slot s takes code ``order[s]``.
+
+    Returns:
+        uint8 of the same shape.
+    """
+    assert _library is not None
+    packed, places = np.ascontiguousarray(packed), np.asarray(order, np.uint8)
+    if sorted(order) != list(range(REORDERED)) or packed.shape[-1] % (REORDERED // 2):
+        raise ValueError(f"{packed.shape}: not whole groups of {REORDERED} codes, or no order of them")
+    result = np.empty_like(packed)
+    _library.l4_reorder(packed.ctypes.data, result.ctypes.data, packed.size // (REORDERED // 2), places.ctypes.data)
+    return result
 
 
 def _readable(weight: np.ndarray) -> np.ndarray:

@@ -25,6 +25,8 @@ class Loading:
         optimized: Whether ONNX Runtime may rewrite the graph; False: every node runs as it is written.
         fuse_quantized: Whether it may fuse DequantizeLinear with what follows. It does so even where no kernel takes
             FP8, and looks in the wrong graph for weights that a loop uses (1.31).
+        folded: Whether what follows from weights alone is computed once and held; False: in every call. Packed experts
+            (plugins/moe/packed.py) are eight times as large in float32.
         mapped: Whether weights stay in the mapped file and memory that is not used is given back, at the price of
             speed; False: kernels may copy weights into layouts of their own.
         cpu_form: Whether the graph computes in bfloat16, or has kernels that only CUDA has, and so has to be rewritten
@@ -36,6 +38,7 @@ class Loading:
     threads: int | None = None
     optimized: bool = True
     fuse_quantized: bool = True
+    folded: bool = True
     mapped: bool = False
     cpu_form: bool = False
     provider: Provider = "cpu"
@@ -62,7 +65,10 @@ def load_model(model: Path, loading: Loading) -> Any:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
         source = cpu_form_of(model)
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=list(PROVIDERS[loading.provider]))
+        without = [] if loading.folded else ["ConstantFolding"]
+        session = onnxruntime.InferenceSession(
+            source, options, providers=list(PROVIDERS[loading.provider]), disabled_optimizers=without
+        )
     except Exception as error:  # onnxruntime's exception types are private and differ between versions
         hint = "`l4convert verify` tells whether the artifact is whole; `l4convert doctor` which ONNX Runtime is here."
         raise InputError(f"{model}: ONNX Runtime cannot load it: {summary(error)}", hint) from error

@@ -31,6 +31,8 @@ from l4convert.runtime.stream import OrtStream
 # How long a stream may become in the static form where the caller does not say: enough for a conversation, and small
 # beside the weights (Scout: 0.8 GB of float32 caches).
 DEFAULT_MAX_LENGTH = 4096
+# Weights of an artifact whose packed experts are unpacked once; those of larger ones are, layer by layer, in each call.
+_FOLDED_BYTES = 256 << 20
 
 
 class OrtSession:
@@ -82,6 +84,7 @@ class OrtSession:
         loading = Loading(
             threads=threads,
             fuse_quantized=info.calls == "any",  # graphs of the other runtimes are lowered to what this one fuses well
+            folded=info.target != "tensorrt" or _weights_bytes(artifact) <= _FOLDED_BYTES,
             cpu_form=provider == "cpu" and (info.compute == "bfloat16" or info.target == "cuda"),
             provider=provider,
             profile=profile,
@@ -178,6 +181,10 @@ class OrtSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._session = None  # the native session unmaps the weights when its last reference goes
+
+
+def _weights_bytes(artifact: Path) -> int:
+    return sum(file.stat().st_size for file in artifact.glob("*.safetensors"))
 
 
 def _check_contract(info: ArtifactInfo, session: Any) -> dict[str, CacheElements]:

@@ -26,6 +26,9 @@ from l4convert.plugins.library.structures import (
 )
 from l4convert.plugins.library.variants import Constant
 
+# Where `l4convert plugins build` puts it.
+DEFAULT_LIBRARY = Path("build/plugins/libl4convert_plugins.so")
+
 __all__ = [
     "FLOATS",
     "KV_DTYPES",

@@ -1,175 +1,103 @@
-"""``make gpu`` says that there is no GPU; with everything that needs one replaced, it fills its table."""
+"""``make gpu`` as a whole: without a GPU, with nothing to measure with, and with parts that others test."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from l4convert.gpus import Gpu, Gpus, find_gpus
-from l4convert.runtime import RunWith
-from l4convert.targets.hardware import load_hardware
-from tests.benchmarks.scripts import load, run_script
+from tests.benchmarks.scripts import BENCHMARKS, load, run_script
 
 gpu = load("gpu")
+kernels = load("gpu_kernels")
+report = load("gpu_report")
 
-RTX = Gpu(0, "NVIDIA GeForce RTX 5090", "12.0", 34_000_000_000)
-REPORT = {
-    "passed": True,
-    "rows": [
-        {"passed": True, "reference": {"max_rel_logit": 0.01, "mean_kl": 1e-5, "top1": 0.99}},
-        {"passed": True, "reference": {"max_rel_logit": 0.03, "mean_kl": 2e-5, "top1": 0.98}},
-    ],
-}
+H100 = Gpu(0, "NVIDIA H100 80GB HBM3", "9.0", 85_000_000_000)
+NO_GPU = pytest.mark.skipif(bool(find_gpus().devices), reason="this machine has a GPU")
 
 
-class Stub:
-    """A runner that takes a time that the test chooses, by a clock of its own."""
-
-    def __init__(self, step: float, token: float) -> None:
-        self.now, self.step_seconds, self.token_seconds = 0.0, step, token
-        self.config = SimpleNamespace(vocab_size=100)
-        self.widths: list[int] = []
-
-    def __enter__(self) -> Stub:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.closed = True
-
-    def start(self, batch: int) -> Stub:
-        assert batch == 1
-        return self
-
-    def step(self, ids: np.ndarray) -> np.ndarray:
-        assert ids.max() < 100
-        self.widths.append(ids.shape[1])
-        self.now += self.step_seconds if ids.shape[1] > 1 else self.token_seconds
-        return np.zeros((*ids.shape, 100), np.float32)
+def part(passed: bool = True, measured: bool = True, **content: Any) -> Any:
+    lines = [("some row", {"us": 12.5}), ("another", "not measured: needs 400 GB")]
+    return kernels.Part((report.Section("Some", lines, note="a note"),), content, measured, passed)
 
 
-def bench(work: Path, device: Gpu = RTX, **replies: Any) -> tuple[Any, list[list[str]]]:
-    """A bench whose commands are noted; ``replies``: what they give, or raise."""
-    said: list[list[str]] = []
-
-    def command(*arguments: object, accept: tuple[int, ...] = (0,)) -> Any:
-        said.append([str(argument) for argument in arguments])
-        reply = replies.get(str(arguments[0]), {})
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-    return gpu.Bench(device, work, 100, command, lambda run_with, out: Stub(0.1, 0.01)), said
+@pytest.fixture
+def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(gpu, "probe", lambda: Gpus("13.0", (H100,), None))
+    return monkeypatch
 
 
-@pytest.mark.skipif(bool(find_gpus().devices), reason="this machine has a GPU")
-@pytest.mark.parametrize("options", [[], ["--probe"]])
-def test_without_a_gpu_one_line_and_exit_code_5(options: list[str]) -> None:
-    done = run_script("gpu.py", *options)
+@NO_GPU
+@pytest.mark.parametrize("script", [["gpu.py"], ["gpu_environment.py", "--probe"]])
+def test_without_a_gpu_one_line_and_exit_code_5(script: list[str]) -> None:
+    done = run_script(*script)
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr.count("\n") == 1
     assert "on this machine; `make gpu` needs an NVIDIA GPU" in done.stderr
 
 
-def test_every_row_converts_builds_validates_and_is_timed(tmp_path: Path) -> None:
-    here, said = bench(tmp_path, validate=REPORT)
-    results = [gpu.measured(row, here) for row in gpu.ROWS]
-    assert [result.row for result in results] == [
-        "tensorrt-rtx none",
-        "tensorrt-rtx int4",
-        "tensorrt-rtx fp8",
-        "cuda none",
-        "cuda int4",
-    ]
-    assert all(result.passed and result.problem is None for result in results)
-    assert [command[0] for command in said] == ["convert", "build", "validate"] * 3 + ["convert", "validate"] * 2
-    assert said[1][:4] == ["build", str(tmp_path / "tensorrt-rtx-none"), "--target", "rtx-5090"]
-    assert said[2][-2:] == ["--engine", "rtx-5090"]
-    assert said[-1][-2:] == ["--provider", "cuda"]
-    figures = results[0].figures
-    assert (figures["parity"], figures["splits"], figures["max rel logit"]) == ("pass", "2/2", 0.03)
-
-
-def test_the_times_are_medians_after_warming_up() -> None:
-    stub = Stub(0.1, 0.01)
-    figures = gpu.timed(stub, 100, clock=lambda: stub.now)
-    assert figures == {"decode tokens/s": 100.0, "prefill tokens/s": 5120.0}
-    assert stub.widths == [512] * 8 + [1] * 67
-
-
-def test_what_the_gpu_cannot_do_is_skipped_and_passes(tmp_path: Path) -> None:
-    by_name = {row.name: row for row in gpu.ROWS}
-    ampere, said = bench(tmp_path, Gpu(0, "NVIDIA A100-SXM4-80GB", "8.0", 85_000_000_000), validate=REPORT)
-    result = gpu.measured(by_name["tensorrt-rtx fp8"], ampere)
-    assert (result.passed, result.problem) == (True, "skipped: needs compute capability 8.9")
-    hopper, _ = bench(tmp_path, Gpu(0, "NVIDIA H100 80GB HBM3", "9.0", 85_000_000_000), validate=REPORT)
-    result = gpu.measured(by_name["tensorrt-rtx int4"], hopper)
-    assert result.passed
-    assert result.problem == "skipped: tensorrt-rtx has no engines for compute capability 9.0"
-    assert said == []
-
-
-def test_a_row_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
-    here, _ = bench(tmp_path, build=gpu.Failed("l4convert build ended with 3"), validate={**REPORT, "passed": False})
-    first, *_, last = [gpu.measured(row, here) for row in gpu.ROWS]
-    assert (first.passed, first.problem) == (False, "failed: Failed: l4convert build ended with 3")
-    assert not last.passed
-    assert last.figures["parity"] == "FAIL"
-
-
-def test_the_profile_is_that_of_the_gpu_s_name(tmp_path: Path) -> None:
-    def profile(name: str, capability: str) -> str:
-        return str(gpu.hardware_for(Gpu(0, name, capability, 24_000_000_000), "tensorrt-rtx", tmp_path))
-
-    assert profile("NVIDIA GeForce RTX 4090", "8.9") == "rtx-4090"
-    assert profile("NVIDIA L4", "8.9") == "l4"
-    assert profile("NVIDIA L40S", "8.9") == "l40s"
-    assert profile("NVIDIA RTX 4000 SFF Ada Generation", "8.9") in {"l4", "l40s", "rtx-4090"}
-    made = load_hardware(profile("NVIDIA GeForce RTX 3090", "8.6"))
-    assert (made.name, made.compute_capability, made.runtimes) == ("geforce-rtx-3090", "8.6", ("tensorrt-rtx",))
-    assert made.memory_bytes == 24_000_000_000
-    assert "fp8" not in made.precisions
-    assert "fp8" in load_hardware(profile("NVIDIA Rubin", "13.0")).precisions
-
-
-def test_the_table_and_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    here, _ = bench(tmp_path, validate=REPORT)
-    monkeypatch.setattr(gpu, "find_gpus", lambda: Gpus("13.0", (RTX,), None))
-    monkeypatch.setattr(gpu, "l4convert", here.command)
-    monkeypatch.setattr(gpu, "load", here.load)
-    assert gpu.main(["--results", str(tmp_path), "--only", "tensorrt-rtx"]) == 0
+def test_the_table_and_the_json(tmp_path: Path, on_an_h100: pytest.MonkeyPatch, capsys: Any) -> None:
+    on_an_h100.setattr(gpu.gpu_kernels, "measure", lambda *arguments: part(limits={"rate": math.inf}))
+    on_an_h100.setattr(gpu, "engines", lambda *arguments: part(rows=[]))
+    assert gpu.main(["--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("NVIDIA GeForce RTX 5090, compute capability 12.0, CUDA driver 13.0\n")
-    header, rule, *lines = [line for line in printed.splitlines() if line.startswith("|")]
-    assert header.count("|") == rule.count("|") == lines[0].count("|")
-    assert [line.split(" | ")[1] for line in lines] == ["pass"] * 3
-    (file,) = tmp_path.glob("*-gpu-geforce-rtx-5090.json")
+    assert printed.count("## Some\na note\n\n| row | us |\n| --- | --- |\n| some row | 12.5 |\n") == 2
+    (file,) = tmp_path.glob("*-gpu-h100-80gb-hbm3.json")
     content = json.loads(file.read_text())
-    assert content["schema"] == "l4convert.gpu/1"
-    assert content["device"]["compute_capability"] == "12.0"
-    assert [row["row"] for row in content["rows"]] == ["tensorrt-rtx none", "tensorrt-rtx int4", "tensorrt-rtx fp8"]
-    monkeypatch.setattr(gpu, "l4convert", _failing)
-    assert gpu.main(["--results", str(tmp_path), "--only", "int4"]) == 4
-    assert "failed: Failed: no" in capsys.readouterr().out
-    assert gpu.main(["--results", str(tmp_path), "--only", "nothing of the kind"]) == 4
+    assert content["schema"] == "l4convert.gpu/2"
+    assert content["device"]["compute_capability"] == "9.0"
+    assert content["libraries"]["onnx"]
+    assert content["problem"] is None
+    assert content["kernels"] == {"limits": {"rate": None}}  # JSON has no infinity
+    assert content["engines"] == {"rows": []}
 
 
-def test_a_command_s_error_is_the_row_s(tmp_path: Path) -> None:
-    with pytest.raises(gpu.Failed, match=r"l4convert validate ended with 3: error: .*nowhere"):
-        gpu.l4convert("validate", tmp_path / "nowhere", "--reference", tmp_path)
-    assert isinstance(gpu.l4convert("targets"), dict)
+@pytest.mark.parametrize(
+    ("parts", "code"),
+    [
+        ([part(), part()], 0),
+        ([part(), part(passed=False)], 4),
+        ([part(measured=False), part()], 0),
+        ([part(measured=False), part(measured=False)], 5),
+        ([part(measured=False, passed=False)], 4),
+    ],
+)
+def test_exit_codes(parts: list[Any], code: int) -> None:
+    assert gpu.exit_code(parts) == code
 
 
-def test_an_artifact_is_opened_for_the_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(RunWith, "open", lambda self, out, **options: seen.update(options, out=out))
-    gpu.load(RunWith(engine="l4"), tmp_path)
-    assert seen == {"max_length": 1024, "out": tmp_path}
+def test_a_torch_that_does_not_see_the_gpu_is_said_and_nothing_is_built(on_an_h100: pytest.MonkeyPatch) -> None:
+    on_an_h100.setattr("torch.cuda.is_available", lambda: False)
+    on_an_h100.setattr(kernels, "build_for", lambda sm: pytest.fail("built"))
+    found = kernels.measure(H100, None, "", 0)
+    assert (found.measured, found.passed) == (False, True)
+    assert "it needs a build with CUDA" in found.sections[0].markdown()
+    assert found.content["problem"].startswith("not measured: torch ")
 
 
-def _failing(*arguments: object, accept: tuple[int, ...] = (0,)) -> Any:
-    raise gpu.Failed("no")
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_library_that_cannot_be_built_fails_unless_a_tool_is_missing(
+    failed: bool, on_an_h100: pytest.MonkeyPatch
+) -> None:
+    def build_for(sm: int) -> Path:
+        assert sm == 90
+        raise kernels.NotBuilt("triton is not installed: pip install triton==3.6.0", failed)
+
+    on_an_h100.setattr("torch.cuda.is_available", lambda: True)
+    on_an_h100.setattr(kernels, "build_for", build_for)
+    found = kernels.measure(H100, None, "", 0)
+    assert (found.measured, found.passed) == (False, not failed)
+    assert found.content["problem"].endswith("triton is not installed: pip install triton==3.6.0")
+
+
+def test_the_committed_table_is_empty_and_says_why() -> None:
+    file = BENCHMARKS / "results" / "2026-11-22-gpu-none.json"
+    content = json.loads(file.read_text())
+    assert content["schema"] == report.SCHEMA
+    assert content["device"] is None
+    assert "no GPU" in content["problem"]
+    assert "kernels" not in content

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto
 
 from l4convert import cli
 from l4convert.checkpoint import open_checkpoint
 from l4convert.quantization.recipe import load_recipe
+from l4convert.runtime import OrtSession
+from l4convert.runtime import session as session_module
 from tests.graphs import lowered, op_counts
 from tests.test_end_to_end import run, run_json
 
@@ -123,7 +127,27 @@ def test_the_graph_for_tensorrt_leaves_calls_for_the_plugins(artifacts):
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in custom:
         if node.op_type == "MoE":
-            assert [stored[name] for name in (node.input[2], node.input[4])] == [TensorProto.FLOAT8E4M3FN] * 2
+            assert [stored[name] for name in (node.input[2], node.input[4])] == [TensorProto.INT64] * 2
+
+
+def test_large_packed_experts_are_unpacked_in_every_call(artifacts, monkeypatch):
+    """Held in float32 from the start, those of Scout would be 400 GB."""
+    opened, logits = [], []
+    monkeypatch.setattr(onnxruntime, "InferenceSession", _recorded(onnxruntime.InferenceSession, opened))
+    for most in (session_module._FOLDED_BYTES, 0):
+        monkeypatch.setattr(session_module, "_FOLDED_BYTES", most)
+        with OrtSession.open(artifacts["tensorrt"][0], max_length=64) as session:
+            logits.append(session.start(1).step(np.full((1, 9), 7)))
+    assert opened == [[], ["ConstantFolding"]]
+    np.testing.assert_array_equal(*logits)
+
+
+def _recorded(honest, opened):
+    def session(*args, disabled_optimizers, **options):
+        opened.append(disabled_optimizers)
+        return honest(*args, disabled_optimizers=disabled_optimizers, **options)
+
+    return session
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from l4convert.checkpoint.lazy import Constant, InterleavedHalves, Mapped, Reshaped, transposed
-from l4convert.emit.fill import write_weights
+from l4convert.checkpoint.lazy import Constant, InterleavedHalves, Mapped, Reshaped, cast, transposed
+from l4convert.checkpoint.pages import PageBudget
+from l4convert.emit.blocks import Blocks
+from l4convert.emit.fill import Filling, write_weights
 from l4convert.emit.header import PAGE, Entry, align, encode_header
-from l4convert.emit.jobs import count_jobs, group_jobs
+from l4convert.emit.jobs import count_jobs, group_jobs, plan_jobs
 from l4convert.emit.plan import EXTERNAL_FROM_BYTES, FILLER_PREFIX, PlannedTensor, plan_weights
 from l4convert.errors import InputError
+from l4convert.plugins.moe.layout import GROUP, K_ORDER
 from l4convert.quantization.fp8 import quantize_fp8
 from l4convert.quantization.int4 import quantize_int4
-from l4convert.quantization.layouts import matmul_nbits, qmoe
+from l4convert.quantization.layouts import long_words, matmul_nbits, ordered_words, qmoe
 from tests.emit.models import NUMPY_DTYPES, Weight, holder, initializer, values
 
 TENSORS = st.lists(
@@ -149,11 +154,14 @@ class Counted(Weight):
         return super().tile(batch, rows, cols)
 
 
-@pytest.mark.parametrize("layout", ["plain", "transposed", "matmul_nbits", "qmoe", "qmoe_interleaved", "fp8"])
+LAYOUTS = ["plain", "transposed", "matmul_nbits", "qmoe", "qmoe_interleaved", "fp8", "words", "fp8 words"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_quantized_values_and_scales_read_their_weight_once(layout: str) -> None:
     weight = Counted(np.ones((2, 3000, 2048), np.float32).astype("bfloat16"), "w")  # more than a tile each
     source = Reshaped(weight, (6000, 2048)) if layout == "matmul_nbits" else weight
-    q, s = quantize_fp8(source) if layout == "fp8" else quantize_int4(source, 32, "absmax")
+    q, s = quantize_fp8(source) if "fp8" in layout else quantize_int4(source, 32, "absmax")
     if layout == "qmoe_interleaved":
         q, s = InterleavedHalves(q), InterleavedHalves(s)
     if layout == "transposed":  # a row of scales for 32 of values
@@ -162,10 +170,38 @@ def test_quantized_values_and_scales_read_their_weight_once(layout: str) -> None
         q = matmul_nbits(q, 32)
     elif layout.startswith("qmoe"):
         q = qmoe(q)
+    elif layout.endswith("words"):  # scales have a row for each block inside the rows of the words
+        q, s = long_words(q) if "fp8" in layout else ordered_words(q, GROUP, K_ORDER), transposed(s)
     (group,) = plan_weights(holder({"q": q, "s": s})).groups
     Counted.read = 0
     assert sum(_computed(group)) == q.nbytes + s.nbytes
     assert Counted.read == weight.size
+
+
+def test_a_tensor_written_by_columns_is_the_same_file_however_it_is_filled(tmp_path: Path) -> None:
+    """Two of three jobs were done before; the digests follow the file, not the jobs."""
+    array = np.random.default_rng(0).standard_normal((2, 1024, 8192)).astype(np.float32)
+    values_, scales = quantize_int4(Weight(array, "w"), 64, "absmax")
+    tensors = {"q": ordered_words(values_, GROUP, K_ORDER), "s": cast(transposed(scales), ir.DataType.FLOAT16)}
+    plan = plan_weights(holder(tensors))
+    (group,) = plan.groups
+    assert count_jobs(group) == 4
+    filled = write_weights(tmp_path / "w", plan, filling=Filling(jobs=2))
+    data = (tmp_path / "w").read_bytes()
+    for planned in group:
+        stored = data[planned.offset : planned.offset + planned.nbytes]
+        assert stored == tensors[planned.name].tobytes()
+        assert filled.tensors[planned.name]["sha256"] == hashlib.sha256(stored).hexdigest()
+    assert filled.file["sha256"] == hashlib.sha256(data).hexdigest()
+    with (tmp_path / "w").open("r+b") as file, contextlib.closing(PageBudget(1 << 30)) as pages:
+        blocks = Blocks("w", file.fileno(), pages)
+        done = [blocks.do(job, None) for job in plan_jobs(plan)]
+        file.seek(group[1].offset + 2 * 600)  # a scale of column 600: the second job
+        file.write(b"??")
+        file.flush()
+        again = [blocks.do(job, before.digest) for job, before in zip(plan_jobs(plan), done, strict=True)]
+    assert [job.resumed for job in again] == [True, False, True, True]
+    assert (tmp_path / "w").read_bytes() == data
 
 
 def test_the_order_is_that_of_use_wherever_a_graph_lists_its_initializers() -> None:

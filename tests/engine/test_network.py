@@ -29,7 +29,7 @@ def _model() -> onnx.ModelProto:
     nodes = [
         helper.make_node("DequantizeLinear", ["w", "s"], ["wide"], block_size=32),
         helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch),
-        helper.make_node("MoE", ["x"], ["z"], domain="l4convert"),
+        helper.make_node("MoE", ["x"], ["z"], domain="l4convert", activations=""),
     ]
     inputs = [_cache("past_key_values.0.key", "max_sequence"), _cache("past_key_values.1.key", "chunked_max_sequence")]
     outputs = [_cache("present.0.key", "max_sequence")]
@@ -38,6 +38,7 @@ def _model() -> onnx.ModelProto:
         _external("s", TensorProto.FLOAT16, [2, 3]),
         _external("experts_int4_packed", TensorProto.INT32, [2, 4, 5]),
         _external("experts_int4_packed_scale", TensorProto.FLOAT16, [2, 1, 5]),
+        _external("experts_fp8_packed", TensorProto.INT64, [2, 5, 3]),
         _external("norm", TensorProto.FLOAT, [7]),
     ]
     functions = [helper.make_function(domain, "MoE", ["x"], ["z"], [], []) for domain in ("l4convert", "other")]
@@ -47,11 +48,18 @@ def _model() -> onnx.ModelProto:
 
 def test_weights_are_counted_by_kind() -> None:
     facts = graph_facts(_model())
-    assert facts.quantized_weights == 64 * 3 + 2 * 4 * 5 * 8
-    assert facts.packed_bytes == 64 * 3 // 2 + 2 * 4 * 5 * 4
+    assert facts.quantized_weights == 64 * 3 + 2 * 4 * 5 * 8 + 2 * 5 * 3 * 8
+    assert facts.packed_bytes == 64 * 3 // 2 + 2 * 4 * 5 * 4 + 2 * 5 * 3 * 8
     assert facts.unquantized_bytes == 7 * 4 + 2 * 2  # the norm, and the scalar in both branches
-    assert facts.weights_bytes == 96 + 12 + 160 + 20 + 28 + 4
+    assert facts.weights_bytes == 96 + 12 + 160 + 20 + 240 + 28 + 4
     assert facts.precisions == {"int4", "fp16", "fp32", "bf16", "fp8"}
+
+
+@pytest.mark.parametrize(("activations", "needed"), [("", set()), ("fp8", {"fp8"})])
+def test_a_plugin_that_rounds_activations_to_fp8_needs_hardware_for_it(activations: str, needed: set[str]) -> None:
+    call = helper.make_node("MoE", ["x", "experts_fp8_packed"], ["z"], domain="l4convert", activations=activations)
+    words = _external("experts_fp8_packed", TensorProto.INT64, [2, 5, 3])
+    assert graph_facts(helper.make_model(helper.make_graph([call], "g", [], [], [words]))).precisions == needed
 
 
 def test_only_the_lengths_of_caches_become_numbers() -> None:

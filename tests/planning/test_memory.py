@@ -33,7 +33,10 @@ def measured(group: Sequence[PlannedTensor]) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("recipe", "target"), [("none", "cpu"), ("int4", "cpu"), ("fp8", "portable")])
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [("none", "cpu"), ("int4", "cpu"), ("fp8", "portable"), ("int4", "tensorrt"), ("fp8", "tensorrt")],
+)
 def test_the_largest_tile_is_an_upper_bound_and_no_wild_one(recipe: str, target: str):
     plan, parsed = sample(recipe, target)
     expected = plan_memory(plan, parsed, Filling(jobs=1), GIB)

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
+from l4convert.cli._inspect_artifact import quantized_share
+from l4convert.engine.network import graph_facts
 from l4convert.pipeline import ConvertOptions, PlanOptions, convert, plan_conversion
 from l4convert.planning.caches import Caches
 from l4convert.quantization.kv import kv_scheme
@@ -78,6 +80,24 @@ def test_quantized_caches(nano: Path, tmp_path: Path, dtype: str, form: str, lay
 def test_bfloat16_of_the_target_for_cuda(nano: Path, tmp_path: Path):
     artifact = converted(nano, tmp_path / "out", recipe="none", target="cuda", kv_cache="static")
     check_caches(artifact, "bfloat16", Caches.of(_config(nano), "static", "bfloat16", None))
+
+
+@pytest.mark.parametrize(("recipe", "dtype", "bits"), [("int4", "INT32", 4), ("fp8", "INT64", 8)])
+def test_packed_experts_of_the_target_for_plugins(nano: Path, tmp_path: Path, recipe: str, dtype: str, bits: int):
+    artifact = converted(nano, tmp_path / "out", recipe=recipe, target="tensorrt")
+    words = {t.name: t for t in onnx.load(artifact / "model.onnx", load_external_data=False).graph.initializer}
+    packed = [tensor for name, tensor in words.items() if name.endswith("_packed")]
+    config = _config(nano)
+    experts = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
+    assert {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in packed} == {dtype}
+    assert sum(math.prod(tensor.dims) for tensor in packed) * 8 == experts * len(config.layers)
+    graph = onnx.load(artifact / "model.onnx", load_external_data=False)
+    facts = graph_facts(graph)
+    # `inspect` counts what is not quantized (embedding, head, norms, routers, tables) and the codes in words alike.
+    plain = sum(math.prod(t.dims) for t in words.values() if not re.search(r"_(int4|fp8)|_scale", t.name))
+    assert quantized_share(graph) == pytest.approx(facts.quantized_weights / (facts.quantized_weights + plain))
+    assert facts.quantized_weights > experts * len(config.layers)  # and the matrices beside the experts
+    assert experts * len(config.layers) * bits // 8 <= facts.packed_bytes < facts.weights_bytes
 
 
 def test_what_is_shown_for_a_context_is_what_is_held(nano: Path, tmp_path: Path):

@@ -16,8 +16,18 @@ from hypothesis.extra import numpy as hnp
 from onnx import helper
 
 from l4convert.checkpoint.lazy import Constant, InterleavedHalves, LazyTensor
+from l4convert.plugins.moe.layout import GROUP, K_ORDER
 from l4convert.quantization.int4 import quantize_int4
-from l4convert.quantization.layouts import matmul_nbits, pack, qmoe, unpack, unpack_matmul_nbits, words
+from l4convert.quantization.layouts import (
+    long_words,
+    matmul_nbits,
+    ordered_words,
+    pack,
+    qmoe,
+    unpack,
+    unpack_matmul_nbits,
+    words,
+)
 
 INT4_VALUES = st.integers(-8, 7)
 
@@ -196,3 +206,43 @@ def test_words_are_the_stored_bytes(dtype: Any) -> None:
 def test_words_need_whole_rows(dtype: Any, width: int) -> None:
     with pytest.raises(ValueError, match="rows are not a whole number of words"):
         words(Constant(np.zeros((2, 4, width), dtype)))
+
+
+ORDERS = {
+    "plugin": (GROUP, K_ORDER),
+    "pairs apart": (16, (2, 8, 3, 9, 0, 10, 1, 11, 4, 12, 5, 13, 6, 14, 7, 15)),
+    "nibbles": (8, (0, 2, 4, 6, 1, 3, 5, 7)),
+    "backwards": (64, tuple(range(63, -1, -1))),
+}
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_codes_of_ordered_words_are_where_the_order_says(order: str) -> None:
+    group, places = ORDERS[order]
+    values = np.random.default_rng(1).integers(-8, 8, (2, 5, 192))
+    stored = ordered_words(int4(values), group, places)
+    array = stored.numpy()
+    assert (array.dtype, array.shape) == (np.int32, stored.dims) == (np.int32, (2, 5, 24))
+    for column in range(192):
+        start, slot = column // group * group, column % group
+        bits = (array[..., column // 8] >> (4 * (column % 8))) & 0xF
+        np.testing.assert_array_equal((bits ^ 8) - 8, values[..., start + places[slot]])
+    part = stored.tile(1, slice(1, 4), slice(3, 21))  # neither end is that of a group
+    np.testing.assert_array_equal(part, array[1, 1:4, 3:21])
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_long_words_are_the_bytes_of_the_codes(by_columns: bool) -> None:
+    codes = np.random.default_rng(2).integers(0, 256, (2, 3, 520), np.uint8).view(ml_dtypes.float8_e4m3fn)
+    source = Constant(np.asfortranarray(codes[0])[np.newaxis] if by_columns else codes)
+    stored = long_words(source)
+    assert stored.dims == (*source.dims[:2], 65)
+    assert stored.tobytes() == source.tobytes()
+    np.testing.assert_array_equal(stored.tile(0, slice(1, 3), slice(2, 9)), stored.numpy()[0, 1:3, 2:9])
+
+
+def test_what_does_not_fill_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="K is not a multiple of 64"):
+        ordered_words(int4(np.zeros((1, 64, 96))), GROUP, K_ORDER)
+    with pytest.raises(ValueError, match="K a multiple of 8"):
+        long_words(Constant(np.zeros((1, 4, 12), ml_dtypes.float8_e4m3fn)))

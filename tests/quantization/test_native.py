@@ -16,7 +16,7 @@ from l4convert.errors import InputError
 from l4convert.quantization import native
 from l4convert.quantization.fp8 import quantize_fp8, row_scales, to_e4m3
 from l4convert.quantization.int4 import BLOCK_SIZES, SCALE_RULES, quantize_int4, quantize_rows
-from l4convert.quantization.layouts import matmul_nbits, qmoe
+from l4convert.quantization.layouts import matmul_nbits, qmoe, reorder_nibbles
 
 needs_library = pytest.mark.skipif(not native.AVAILABLE, reason="the package was built without a compiler")
 
@@ -161,3 +161,16 @@ def test_threads_do_not_disturb_each_other() -> None:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda tensor: tensor.tobytes(), tensors * 8))
     assert together == alone * 8
+
+
+@needs_library
+def test_codes_are_reordered_as_numpy_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    packed, order = rng.integers(0, 256, (7, 96), np.uint8), rng.permutation(64).tolist()
+    result = reorder_nibbles(packed, 64, order)
+    monkeypatch.setattr(native, "AVAILABLE", False)
+    np.testing.assert_array_equal(result, reorder_nibbles(packed, 64, order))
+    assert not np.array_equal(result, packed)
+    for wrong, places in ((packed[:, :40], order), (packed, [*order[:-1], 64]), (packed, order[:-1])):
+        with pytest.raises(ValueError, match="not whole groups of 64 codes, or no order of them"):
+            native.reorder(wrong, places)

@@ -9,6 +9,7 @@ import pytest
 
 from l4convert.checkpoint import open_checkpoint
 from l4convert.pipeline import ConvertOptions, convert
+from tests.benchmarks.scripts import load
 from tests.caches import quantized
 from tests.checkpoints import write_random_checkpoint
 from tests.targets import cuda_stand_in
@@ -70,3 +71,14 @@ def test_it_takes_every_node_that_computes(checkpoint, stand_ins, tmp_path, reci
     for kernel, count in KERNELS[recipe].items():
         assert on_cuda[kernel] == count
     assert placed["CPUExecutionProvider"].keys() - ON_CPU == set()
+
+
+@pytest.mark.parametrize("op", ["QMoE", "GroupQueryAttention"])
+def test_it_takes_the_peers_of_the_gpu_benchmark(stand_ins, tmp_path, op):
+    peers, roofline = load("gpu_onnxruntime"), load("roofline")
+    if op == "QMoE":
+        model = peers.qmoe_model(roofline.Experts(4, 128, 256, 1, "int4", 128))
+    else:
+        model = peers.gqa_model(roofline.Attention(40, 8, 128, 8192, "fp8"))
+    ir.save(model, tmp_path / "peer.onnx")
+    assert cuda_stand_in.placements(tmp_path / "peer.onnx", stand_ins) == {"CUDAExecutionProvider": {op: 1}}

@@ -34,7 +34,8 @@ def test_passes_are_known_once_and_in_order():
 def test_targets_say_which_quantized_caches_they_take():
     every = ("fp8", "int8", "int4")
     taken = {name: target.kv_dtypes for name, target in TARGETS.items()}
-    assert taken == {"cpu": every, "cuda": every, "portable": every, "tensorrt": every, "tensorrt-rtx": ()}
+    plugins = ("fp8", "int8")
+    assert taken == {"cpu": every, "cuda": every, "portable": every, "tensorrt": plugins, "tensorrt-rtx": ()}
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])

@@ -1,0 +1,130 @@
+"""The checks of `make gpu` on the CPU: the same code, library and kernels as on a GPU, over a stand-in driver."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.benchmarks.scripts import load
+from tests.plugins.host_kernels import HostKernels, HostPluginKernels
+
+cases = load("gpu_cases")
+correctness = load("gpu_correctness")
+roofline = load("roofline")
+speed = load("gpu_speed")
+tensors = load("gpu_tensors")
+workloads = load("gpu_workloads")
+
+SCALE = cases.Scale(
+    tokens=(3, 20), experts=(4,), widths=(128,), head_dim=16, key_heads=(1, 2), chunks=(32,), lengths=70, new=45
+)
+GROUPS = {group.name: group for group in cases.groups(SCALE)}
+
+
+@pytest.mark.parametrize(
+    ("through", "name", "numbers"),
+    [
+        (HostKernels, "chunked attention bfloat16, fp8 cache", (4, 9)),  # ragged batches: single tokens, and a few
+        (HostKernels, "global attention float16, float16 cache", (2,)),
+        (HostKernels, "MoE int4 block 64 bfloat16", (0,)),
+        (HostPluginKernels, "global attention bfloat16, int8 cache", (1,)),
+        (HostPluginKernels, "MoE fp8 float16", (0,)),
+    ],
+)
+def test_kernels_equal_their_functions_bodies(
+    make_gpu: Callable[..., Any], through: Any, name: str, numbers: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    group = GROUPS[name]
+    some = replace(group, cases=tuple(group.cases[number] for number in numbers))  # a case takes about a second
+    kernels = through(make_gpu(sm=90, multiprocessors=4))
+    result = correctness.check(kernels, lambda compute: tensors.Maker(torch, "cpu", compute), some)
+    assert result.passed, result
+    assert result.cases == len(numbers)
+    assert result.error < group.bound
+
+
+@pytest.fixture
+def bench(make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Measures on the stand-in: every call runs once and took a millisecond, in torch two."""
+
+    def timed(_: Any, calls: Any, estimate: float) -> float:
+        assert estimate > 0
+        if calls[0].__module__ != HostKernels.__module__:
+            return 2e-3
+        for call in calls:
+            call()
+        return 1e-3
+
+    monkeypatch.setattr(speed, "timed", timed)
+    limits = roofline.Limits(1e9, {"bf16": 1e12, "fp8": 2e12})
+    return speed.Bench(torch, HostKernels(make_gpu(sm=90, multiprocessors=4)), limits, 8 << 30, cache=1 << 12)
+
+
+@pytest.mark.parametrize(("weights", "block"), [("int4", 128), ("fp8", 0)])
+def test_rows_of_experts_are_measured_and_compared_with_torch(bench: Any, weights: str, block: int) -> None:
+    row = workloads.MoeRow("some", roofline.Experts(4, 128, 128, 1, weights, block), 2)
+    result = one(bench, row)
+    assert (result.seconds, result.torch_seconds, result.passed) == (1e-3, 2e-3, True)
+    assert result.difference < speed.LARGEST_DIFFERENCE[row.work.rate]
+
+
+def one(bench: Any, row: Any) -> Any:
+    (result,) = bench.measured([row], lambda name: None)
+    return result
+
+
+@pytest.mark.parametrize(("chunk", "new", "context"), [(64, 1, 40), (0, 20, 50)])
+def test_rows_of_attention_are_measured_and_compared_with_torch(bench: Any, chunk: int, new: int, context: int) -> None:
+    row = workloads.AttentionRow("some", roofline.Attention(5, 1, 16, chunk), 1, new, context)
+    result = one(bench, row)
+    assert (result.seconds, result.torch_seconds, result.passed) == (1e-3, 2e-3, True)
+    assert 0 < result.difference < 0.01
+    assert result.notes[0].startswith("onnxruntime: ")
+
+
+def test_a_row_that_does_not_fit_or_fails_does_not_stop_the_others(bench: Any) -> None:
+    layer = roofline.Attention(5, 1, 16, 0)
+    large = workloads.AttentionRow("large", layer, 64, 1, 1 << 21)
+    wide = workloads.AttentionRow("wide", roofline.Attention(20, 1, 16, 0), 1, 1, 20)
+    first, second = bench.measured([large, wide], lambda name: None)
+    assert first.problem.startswith("not measured: needs ")
+    assert first.passed
+    assert "20 query heads to a key/value head are too many" in second.problem
+    assert not second.passed
+
+
+def test_the_part_of_the_kernels_as_a_whole(
+    bench: Any, make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = load("gpu_kernels")
+    shrunk = replace(GROUPS["global attention float16, float16 cache"], cases=GROUPS["MoE plain float16"].cases[:1])
+    row = workloads.AttentionRow("global attention", roofline.Attention(5, 1, 16, 0), 1, 1, 20)
+    monkeypatch.setattr(part, "groups", lambda scale, seed: [shrunk, GROUPS["MoE fp8 bfloat16"]])
+    monkeypatch.setattr(part, "PluginKernels", lambda *arguments: HostPluginKernels(kernels.gpu))
+    monkeypatch.setattr(part, "ROWS", (row, *workloads.MOE))
+    kernels = HostKernels(make_gpu(sm=90, multiprocessors=4))
+    found = part.run(torch, kernels, bench.limits, (8 << 30, 1 << 12), "attention", 0)
+    assert found.passed
+    assert found.measured
+    checked, plugged, timed = (section.markdown() for section in found.sections)
+    assert "| pass |" in checked
+    assert "| pass |" in plugged
+    assert "not slower than torch: met" in timed
+    (speed_row,) = found.content["speed"]
+    assert speed_row["aims"] == {"80% of copy": False, "not slower than torch": True}
+    assert json.loads(json.dumps(part.finite(found.content))) == found.content
+    monkeypatch.setattr(kernels, "moe", lambda *arguments: raising)
+    monkeypatch.setattr(part, "ROWS", ())
+    found = part.run(torch, kernels, bench.limits, (8 << 30, 1 << 12), "attention", 0)
+    assert not found.passed
+    assert "failed: RuntimeError: CUDA error: an illegal memory access" in found.sections[0].markdown()
+
+
+def raising() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
