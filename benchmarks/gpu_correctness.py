@@ -56,6 +56,9 @@ def check(kernels: Kernels, maker: Callable[[str], Maker], group: Group) -> Chec
             error, problem = run_case(kernels, maker(case.spec.compute), case)
         except Refused as reason:
             return replace(done, worst=str(case), problem=f"refused: {reason}")
+        except Exception as error:  # the table is to have every row
+            line = " ".join(str(error).split())[:200]
+            return replace(done, worst=str(case), problem=f"failed: {type(error).__name__}: {line}")
         if problem or not error <= done.error:  # NaN too
             done = replace(done, error=error, worst=str(case), problem=problem)
         done = replace(done, cases=done.cases + 1)

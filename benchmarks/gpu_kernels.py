@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,12 @@ from gpu_speed import Bench
 from gpu_tensors import Maker
 from gpu_timing import machine_limits
 from gpu_workloads import ROWS
-from roofline import limits_of
+from roofline import Limits, limits_of
 
 from l4convert.errors import L4Error
 from l4convert.gpus import Gpu
 from l4convert.plugins.library.calling import CORE
 from l4convert.targets.hardware import load_hardware
-
 
 KERNELS_TITLE = "Kernels against the functions' bodies"
 PLUGINS_TITLE = "TensorRT plugins, without TensorRT, against the functions' bodies"
@@ -97,21 +96,29 @@ def measure(gpu: Gpu, plugins: Path | None, only: str, seed: int) -> Part:
         return unmeasured(str(error), failed=error.failed)
     except L4Error as error:
         return unmeasured(str(error), failed=True)
+    limits, measured = machine_limits(torch)  # first: a kernel that faults takes the whole context with it
+    part = run(torch, kernels, limits, (properties.total_memory, properties.L2_cache_size), only, seed)
+    return replace(
+        part, sections=(limits_section(measured), *part.sections), content={"limits": measured, **part.content}
+    )
+
+
+def run(torch: Any, kernels: Kernels, limits: Limits, sizes: tuple[int, int], only: str, seed: int) -> Part:
+    """Check and time on a device that is ready; ``sizes``: bytes of its memory and of its L2 cache."""
     torch.manual_seed(seed)
     checked = correctness(torch, kernels, only, seed)
     plugged = through_plugins(torch, kernels, only, seed)
-    limits, measured = machine_limits(torch)
     rows = [row for row in ROWS if only in row.name]
-    bench = Bench(torch, kernels, limits, properties.total_memory, properties.L2_cache_size)
-    timed = list(bench.measured(rows, say))
-    note = f"{library.name}, l4convert {kernels.library.version}, SM {sm}. Times of one call, median; random weights."
+    timed = list(Bench(torch, kernels, limits, *sizes).measured(rows, say))
+    version = kernels.library.version
+    note = f"Library of l4convert {version}, SM {kernels.sm}. Median time of one call; random weights."
     content = {
-        "library": kernels.library.version, "sm": sm, "seed": seed, "limits": measured,
-        "correctness": correctness_json(checked), "plugins": correctness_json(plugged), "speed": speed_json(timed, limits),
+        "library": version, "sm": kernels.sm, "seed": seed, "correctness": correctness_json(checked),
+        "plugins": correctness_json(plugged), "speed": speed_json(timed, limits),
     }  # fmt: skip
     sections = (
-        limits_section(measured), correctness_section(KERNELS_TITLE, checked),
-        correctness_section(PLUGINS_TITLE, plugged), speed_section(timed, limits, note),
+        correctness_section(KERNELS_TITLE, checked), correctness_section(PLUGINS_TITLE, plugged),
+        speed_section(timed, limits, note),
     )  # fmt: skip
     passed = all(result.passed for result in (*checked, *plugged, *timed))
     return Part(sections, content, bool(checked or timed), passed)
@@ -122,8 +129,9 @@ def correctness(torch: Any, kernels: Kernels, only: str, seed: int, scale: Scale
     results = []
     for group in groups(scale or Scale(), seed):
         if only in group.name:
-            say(group.name)
+            say(f"... {group.name}")
             results.append(check(kernels, lambda compute: Maker(torch, kernels.device, compute), group))
+            say(f"    {results[-1].cases} cases, error {results[-1].error:.2g} {results[-1].problem}")
     return results
 
 
@@ -136,8 +144,9 @@ def through_plugins(torch: Any, kernels: Kernels, only: str, seed: int) -> list[
     return correctness(torch, plugins, only, seed, FEWER)
 
 
-def say(name: str) -> None:
-    print(f"... {name}", file=sys.stderr, flush=True)
+def say(line: str) -> None:
+    """Progress, for those who wait, and what is left of a run that is stopped."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def finite(value: Any) -> Any:

@@ -57,6 +57,28 @@ def gpu_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def plugin_report() -> dict[str, Any]:
+    """The plugin library for engines of the target tensorrt, where `build` looks for it; as plain values."""
+    from l4convert.errors import L4Error
+    from l4convert.plugins.library.native import DEFAULT_LIBRARY, load
+
+    report: dict[str, Any] = {"path": str(DEFAULT_LIBRARY), "version": None, "sms": [], "problem": None}
+    if not DEFAULT_LIBRARY.is_file():
+        return {**report, "problem": "absent; l4convert plugins build makes it"}
+    try:
+        library = load(DEFAULT_LIBRARY)
+    except L4Error as error:
+        return {**report, "problem": error.message}
+    return {**report, "version": library.version, "sms": list(library.sms)}
+
+
+def plugin_text(report: dict[str, Any]) -> str:
+    """The same on one line."""
+    if report["problem"] is not None:
+        return str(report["problem"])
+    return f"{report['path']}, by l4convert {report['version']}, for SM {', '.join(map(str, report['sms']))}"
+
+
 def _installed(names: tuple[str, ...]) -> str | None:
     for name in names:
         try:

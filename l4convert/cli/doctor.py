@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from l4convert import __version__
-from l4convert.cli._doctor_gpu import gpu_lines, gpu_report
+from l4convert.cli._doctor_gpu import gpu_lines, gpu_report, plugin_report, plugin_text
 from l4convert.cli._render import fields, size, table
 from l4convert.cli._settings import global_options, settings_of
 from l4convert.errors import INSTALL, BackendMissing
@@ -93,6 +93,7 @@ def command(ctx: click.Context) -> None:
     runtime = _runtime()
     system = _system()
     gpu = gpu_report()
+    plugins = plugin_report()
     problems = [f"{p.name}: {p.problem}" for p in core if p.problem] + runtime["problems"]
     broken = [p.name for p in core if p.problem]
     payload = {
@@ -102,9 +103,10 @@ def command(ctx: click.Context) -> None:
         "extras": [asdict(extra) for extra in extras],
         "onnxruntime": {key: runtime[key] for key in ("installed", "providers")},
         "gpu": gpu,
+        "plugins": plugins,
         "problems": problems,
     }
-    settings_of(ctx).emit("doctor", payload, _text(system, core, extras, runtime, gpu, problems))
+    settings_of(ctx).emit("doctor", payload, _text(system, core, extras, runtime, gpu, plugins, problems))
     if broken:
         raise BackendMissing(f"{', '.join(broken)} cannot be used: pip install --force-reinstall {' '.join(broken)}")
     if runtime["broken"]:
@@ -202,6 +204,7 @@ def _text(
     extras: list[Extra],
     runtime: dict[str, Any],
     gpu: dict[str, Any],
+    plugins: dict[str, Any],
     problems: list[str],
 ) -> str:
     memory = "unknown" if system["memory_bytes"] is None else size(system["memory_bytes"])
@@ -219,6 +222,7 @@ def _text(
                 ("ONNX Runtime", _runtime_text(runtime)),
                 ("quantization", COMPILED if system["compiled_kernels"] else IN_NUMPY),
                 *gpu_lines(gpu),
+                ("plugin library", plugin_text(plugins)),
             ]
         ),
         table(["core package", "version"], [(p.name, p.version or "absent") for p in core]),

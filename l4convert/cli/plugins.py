@@ -55,7 +55,7 @@ The program l4convert_conformance, which the build puts beside the library, load
 method of its plugins; neither TensorRT nor a GPU is needed. The exit code is 4 where a check fails.
 """
 
-DEFAULT_OUTPUT = Path("build/plugins")
+DEFAULT_OUTPUT = Path("build/plugins")  # native.DEFAULT_LIBRARY is there
 
 
 @click.group("plugins", epilog=EPILOG)

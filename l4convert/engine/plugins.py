@@ -13,11 +13,9 @@ from l4convert.emit.digest import file_digest
 from l4convert.emit.staging import reported
 from l4convert.engine.network import FUNCTION_DOMAIN, graphs_of
 from l4convert.errors import InputError, UsageError
+from l4convert.plugins.library.native import DEFAULT_LIBRARY, load
 from l4convert.plugins.library.support import Attribute, missing_support
 from l4convert.targets.hardware import Hardware
-
-# Where `l4convert plugins build` puts it.
-DEFAULT_LIBRARY = Path("build/plugins/libl4convert_plugins.so")
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,6 @@ def find_library(asked: Path | None, models: Sequence[onnx.ModelProto]) -> Plugi
             f"{where}: there is no plugin library, which engines of this artifact need",
             "l4convert plugins build makes it (--sm 90 for H100 only); --plugins FILE names it",
         )
-    from l4convert.plugins.library.native import load
-
     version = load(path).version
     with reported(f"{path}: cannot be read"):
         return PluginLibrary(path, file_digest(path)[1], version)

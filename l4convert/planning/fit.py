@@ -51,7 +51,8 @@ class Deployment:
         own = caches.rank(layout.tensor)
         tokens = -(-context // layout.context)
         new = prefill_tokens(self.config, self.target, self.batch, tokens, self.prefill_tokens)
-        call = Call(self.config, self.batch, new, tokens, layout.tensor, element_bytes(self.compute), own)
+        width = element_bytes(self.compute)
+        call = Call(self.config, self.batch, new, tokens, layout.tensor, width, own, self.weights.experts)
         return [
             self.weights.figure(layout.tensor),
             *own.figures(self.batch, context, layout.context),

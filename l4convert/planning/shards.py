@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.errors import UsageError
@@ -22,6 +22,9 @@ from l4convert.planning.tensors import SCALES, TensorPlan, kind_of_name
 #: By what a tensor is cut; "nothing": every GPU has the whole of it.
 Cut = Literal["heads", "key/value heads", "width", "vocabulary", "nothing"]
 Group = Literal["experts", "embedding", "other"]
+#: How routed experts are stored: in 16 bits or more, in words of codes, or quantized for a DequantizeLinear.
+Stored = Literal["plain", "int4", "fp8", "dequantized"]
+_WORDS: Mapping[str, Stored] = {"INT32": "int4", "INT64": "fp8"}
 
 _KEYS_VALUES = re.compile(r"\.self_attn\.[kv]_proj\.")
 # These take the cut axis as their input. An FP8 scale belongs to an output, so it is the same on every GPU.
@@ -42,11 +45,13 @@ class Weights:
         parts: By what they are for and what they are cut by.
         kv_heads: Key/value heads of the model.
         half: Of matrices in 16 bits, the embedding apart, from which rows are taken as they are.
+        experts: How routed experts are stored; where layers differ, the form that takes the most memory in use.
     """
 
     parts: Mapping[tuple[Group, Cut], int]
     kv_heads: int
     half: int = 0
+    experts: Stored = "plain"
 
     @property
     def bytes(self) -> int:
@@ -87,6 +92,7 @@ def weights_of(table: Iterable[TensorPlan], config: DecoderConfig) -> Weights:
     """Sort the tensors of a plan."""
     parts: Counter[tuple[Group, Cut]] = Counter()
     half = 0
+    forms: set[Stored] = {"plain"}
     for row in table:
         kind = kind_of_name(row.name) if row.kind == SCALES else row.kind
         group: Group = "experts" if kind == "experts" else "other"
@@ -95,7 +101,10 @@ def weights_of(table: Iterable[TensorPlan], config: DecoderConfig) -> Weights:
         parts[group, _cut(row, kind)] += row.bytes
         if row.dtype in ("BFLOAT16", "FLOAT16") and group != "embedding":
             half += row.bytes
-    return Weights(dict(parts), config.num_key_value_heads, half)
+        if row.kind == "experts" and row.scheme != "none":
+            forms.add(_WORDS.get(row.dtype, "dequantized"))
+    worst = max(forms, key=get_args(Stored).index)
+    return Weights(dict(parts), config.num_key_value_heads, half, worst)
 
 
 def _cut(row: TensorPlan, kind: str) -> Cut:

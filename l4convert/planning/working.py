@@ -15,6 +15,8 @@ from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType
 from l4convert.graph_passes.lower_attention_to_tensor_scatter import SMALL_CACHE
 from l4convert.planning.caches import Caches
 from l4convert.planning.figures import Figure
+from l4convert.planning.shards import Stored
+from l4convert.planning.workspace import MULTIPROCESSORS, PART_TOKENS, AttentionCall, Experts, MoeCall
 from l4convert.runtime.prefill import step_limit
 
 #: New tokens of a prefill call, as `build --prefill-tokens` has it by default.
@@ -43,6 +45,7 @@ class Call:
         ranks: GPUs that share heads, widths and vocabulary.
         bytes: Of an element of the compute type.
         caches: On this GPU.
+        experts: How routed experts are stored.
     """
 
     config: DecoderConfig
@@ -52,6 +55,7 @@ class Call:
     ranks: int
     bytes: int
     caches: Caches
+    experts: Stored = "plain"
 
     @property
     def rows(self) -> int:
@@ -72,7 +76,7 @@ def element_bytes(compute: ComputeType) -> int:
 
 def working_figures(target: str, call: Call) -> list[Figure]:
     """Bytes of a call of this target's runtime, term by term."""
-    return [_residual(call), _widest_block(call), _logits(call), *_RUNTIME_TERMS[target](call)]
+    return [_residual(call), _widest_block(call, target), _logits(call), *_RUNTIME_TERMS[target](call)]
 
 
 def host_figures(target: str, half: int, caches: Caches, batch: int, context: int) -> list[Figure]:
@@ -119,7 +123,7 @@ def _residual(call: Call) -> Figure:
     return Figure("residual stream", 2 * call.rows * hidden * call.bytes, "B", arithmetic)
 
 
-def _widest_block(call: Call) -> Figure:
+def _widest_block(call: Call, target: str) -> Figure:
     config, ranks = call.config, call.ranks
     queries = config.num_attention_heads * config.head_dim // ranks
     keys = call.caches.heads * config.head_dim
@@ -139,6 +143,9 @@ def _widest_block(call: Call) -> Figure:
             f"{rows} x {top} experts x (2 x {config.hidden_size:,} input and result + 3 x {width:,}"
             f" gate, up and product) x {call.bytes} B"
         )
+        if target == "tensorrt":  # what is inside of the plugin is its workspace
+            top, each = 1, 2 * config.hidden_size
+            arithmetic = f"{rows} x 2 x {config.hidden_size:,} input and result x {call.bytes} B"
         blocks.append(Figure("experts block", call.rows * top * each * call.bytes, "B", arithmetic))
     if not all(layer.moe for layer in config.layers):
         width = config.intermediate_size_mlp // ranks
@@ -194,18 +201,54 @@ def _cuda_terms(call: Call) -> list[Figure]:
 
 
 def _tensorrt_terms(call: Call) -> list[Figure]:
-    parts = call.batch * call.config.num_attention_heads // call.ranks * call.config.head_dim
-    splits = -(-call.context // _SPLIT_TOKENS)
-    arithmetic = (
-        f"{call.batch} x {call.config.num_attention_heads // call.ranks} heads x {call.config.head_dim} x 4 B x"
-        f" {splits:,} splits; of {_SPLIT_TOKENS:,} tokens. The plugins hold no scores and no copies"
+    """What the plugins ask for. Layers follow each other and share it, so the call that asks for the most counts."""
+    terms = [max([*_attention_workspaces(call), *_expert_workspaces(call)], key=lambda figure: figure.value)]
+    if call.experts == "dequantized":
+        config, width = call.config, call.config.intermediate_size // call.ranks
+        value = 3 * config.num_local_experts * config.hidden_size * width * call.bytes
+        arithmetic = f"3 x {config.num_local_experts} experts x {config.hidden_size:,} x {width:,} x {call.bytes} B"
+        source = "the plugin takes what it has no kernel for in the compute type; convert says why it was not packed"
+        terms.append(Figure("one layer's experts, dequantized", value, "B", arithmetic, source))
+    return terms
+
+
+def _attention_workspaces(call: Call) -> list[Figure]:
+    """Of a global and of a chunked layer."""
+    config, caches = call.config, call.caches
+    reaches = (
+        (0, caches.global_bits, caches.global_layers),
+        (caches.chunk, caches.chunked_bits, caches.chunked_layers),
     )
-    source = "an assumption: these plugins are not built yet"
-    return [Figure("partial results of attention", 4 * parts * splits, "B", arithmetic, source)]
+    figures = []
+    for chunk, bits, layers in reaches:
+        heads = config.num_attention_heads // call.ranks
+        sizes = (heads, caches.heads, config.head_dim, chunk, call.batch, call.new, call.context)
+        asked = AttentionCall(*sizes, element_bytes=max(1, bits // 8) if bits < 16 else 2)
+        decode = asked.decode_bytes == asked.bytes
+        arithmetic = (
+            f"{asked.parts:,} parts x {asked.group} query heads x ({config.head_dim} + 2) x 4 B + 768;"
+            f" parts of {PART_TOKENS:,} tokens, or a few for each of {MULTIPROCESSORS} multiprocessors"
+            if decode
+            else " + ".join(f"{size:,} ({name})" for name, size in asked.prefill_pieces.items())
+        )
+        if layers:
+            figures.append(Figure("workspace: attention", asked.bytes, "B", arithmetic, _PLUGIN_SOURCE))
+    return figures
 
 
-# Tokens of a context that one thread block of a split decode kernel reads.
-_SPLIT_TOKENS = 1024
+def _expert_workspaces(call: Call) -> list[Figure]:
+    config = call.config
+    if not any(layer.moe for layer in config.layers):
+        return []
+    width = config.intermediate_size // call.ranks
+    weights: Experts = "plain" if call.experts == "dequantized" else call.experts
+    sizes = (config.num_local_experts, config.hidden_size, width, config.num_experts_per_tok, call.rows)
+    pieces = MoeCall(*sizes, weights).pieces
+    arithmetic = " + ".join(f"{size:,} ({name})" for name, size in pieces.items())
+    return [Figure("workspace: experts", sum(pieces.values()), "B", arithmetic, _PLUGIN_SOURCE)]
+
+
+_PLUGIN_SOURCE = "plugins/*/launch.cpp, which a test compares with this; layers share it"
 
 
 def _rtx_terms(call: Call) -> list[Figure]:

@@ -169,6 +169,8 @@ def _description_path(job: Job, cache_dir: Path) -> Path:
 
 
 def _read(job: Job, cache_dir: Path) -> Compiled:
+    if not is_cached(job, cache_dir):
+        raise InputError(f"{job.text}: its source changed while it was compiled", hint="run the command again")
     description = json.loads(_description_path(job, cache_dir).read_text())
     resources = Resources(**description["resources"])
     return Compiled(
@@ -212,6 +214,8 @@ def _compile(job: Job, cache_dir: Path) -> str | None:
     """Runs in a worker: write the cubin and its description; return what is wrong, as one line."""
     import triton
 
+    # Before the kernel's source is imported: what changes from now on must not be kept under its later name.
+    source_digest(f"{job.package}.kernels")
     triton.knobs.compilation.disable_line_info = True
     with tempfile.TemporaryDirectory(prefix="l4convert-triton-") as scratch:
         triton.knobs.cache.dir = scratch

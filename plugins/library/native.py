@@ -14,66 +14,34 @@ from functools import cached_property
 from pathlib import Path
 
 from l4convert.errors import DeviceError, InputError
+from l4convert.plugins.library.structures import (
+    FLOATS,
+    KV_DTYPES,
+    WEIGHTS,
+    Attention,
+    AttentionBuffers,
+    AttentionShape,
+    Moe,
+    MoeBuffers,
+)
 from l4convert.plugins.library.variants import Constant
 
-FLOATS = {"bf16": 0, "fp16": 1}
-WEIGHTS = {"plain": 0, "int4": 1, "fp8": 2}
-KV_DTYPES = {"none": 0, "fp8": 1, "int8": 2}
+# Where `l4convert plugins build` puts it.
+DEFAULT_LIBRARY = Path("build/plugins/libl4convert_plugins.so")
 
-
-class Moe(Structure):
-    """``l4_moe``: sizes, and members of :data:`FLOATS` and :data:`WEIGHTS`."""
-
-    _fields_ = tuple(
-        (name, c_int32)
-        for name in (
-            "num_experts",
-            "hidden_size",
-            "intermediate_size",
-            "top_k",
-            "compute",
-            "weights",
-            "gate_up_block",
-            "down_block",
-        )
-    )
-
-
-class MoeBuffers(Structure):
-    """``l4_moe_buffers``: addresses; those of absent scales are None."""
-
-    _fields_ = tuple(
-        (name, address)
-        for name in ("x", "router_logits", "gate_up", "gate_up_scale", "down", "down_scale", "y", "workspace")
-    )
-
-
-class Attention(Structure):
-    """``l4_attention``; ``chunk_size`` 0 is a global layer."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("num_heads", "kv_num_heads", "head_dim", "chunk_size", "rope")),
-        *((name, c_float) for name in ("qk_norm_eps", "floor_scale", "attn_scale")),
-        *((name, c_int32) for name in ("compute", "kv_dtype")),
-    )
-
-
-class AttentionShape(Structure):
-    """``l4_attention_shape``."""
-
-    _fields_ = tuple((name, c_int64) for name in ("batch", "new_tokens", "seen_tokens", "capacity", "table_rows"))
-
-
-class AttentionBuffers(Structure):
-    """``l4_attention_buffers``: addresses; those that a call has no use for are None."""
-
-    _fields_ = tuple(
-        (name, address)
-        for name in (
-            *("query", "key", "value", "past_key", "past_value", "positions", "cos", "sin", "key_scale", "value_scale"),
-            *("attention", "present_key", "present_value", "workspace"),
-        )
-    )
+__all__ = [
+    "FLOATS",
+    "KV_DTYPES",
+    "WEIGHTS",
+    "Attention",
+    "AttentionBuffers",
+    "AttentionShape",
+    "Kernel",
+    "Library",
+    "Moe",
+    "MoeBuffers",
+    "load",
+]
 
 
 class _Value(Union):

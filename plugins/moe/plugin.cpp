@@ -59,6 +59,9 @@ class MoE final : public Op {
   l4_moe moe_;
 };
 
+// LAYOUT of packed.py: how codes lie in words.
+constexpr std::int32_t kLayout = 1;
+
 Status refused(const char* field, const std::string& value, const char* known) {
   return std::string("field \"") + field + "\" is \"" + value + "\", which the plugin does not know (" + known + ")";
 }
@@ -71,6 +74,10 @@ Status make(const Fields& fields, std::shared_ptr<const Op>& op) {
   if (activations != "" && activations != "fp8") return refused("activations", activations, "fp8, or none");
   if ((weights == "fp8") != (activations == "fp8")) {
     return "FP8 weights and FP8 activations are computed together only: fields \"weights\" and \"activations\" differ";
+  }
+  if (weights != "" && fields.integer("layout") != kLayout) {
+    return "field \"layout\" is " + std::to_string(fields.integer("layout")) + ", the kernels read words of layout " +
+           std::to_string(kLayout) + ": convert again, or take the library of the release that converted";
   }
   l4_moe moe = {};
   moe.num_experts = fields.integer("num_experts");
@@ -89,7 +96,7 @@ Status make(const Fields& fields, std::shared_ptr<const Op>& op) {
 }  // namespace
 
 const OpKind& moe_kind() {
-  // As QuantizedMoESpec (graph_passes/absorb_dequantize.py) and MoESpec (definition.py) have them.
+  // As PackedMoESpec (packed.py) and MoESpec (definition.py) have them.
   static const OpKind kind = {"MoE",
                               "moe",
                               {{"num_experts", FieldKind::kInteger, true},
@@ -99,6 +106,7 @@ const OpKind& moe_kind() {
                                {"activations", FieldKind::kText, false},
                                {"compute", FieldKind::kText, true},
                                {"weights", FieldKind::kText, false},
+                               {"layout", FieldKind::kInteger, false},
                                {"gate_up_block", FieldKind::kInteger, false},
                                {"down_block", FieldKind::kInteger, false}},
                               make};

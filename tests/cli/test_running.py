@@ -15,9 +15,10 @@ import pytest
 
 from l4convert import cli
 from l4convert.cli import _doctor_gpu
-from l4convert.cli._doctor_gpu import gpu_lines, gpu_report
+from l4convert.cli._doctor_gpu import gpu_lines, gpu_report, plugin_report, plugin_text
 from l4convert.errors import BackendMissing, UsageError
 from l4convert.gpus import Gpu, Gpus
+from l4convert.plugins.library.native import DEFAULT_LIBRARY
 from l4convert.runtime import EngineSession, RunWith
 from l4convert.runtime.ort_values import copy_to, ort_value
 from l4convert.runtime.providers import check_started, prepare
@@ -219,6 +220,17 @@ def test_doctor_shows_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     report = gpu_report(gpus)
     assert report["libraries"] == {"TensorRT-RTX": "1.7", "TensorRT": None, "cuda-python": "13.5.0"}
     assert dict(gpu_lines(report))["for engines"] == "TensorRT-RTX 1.7, TensorRT absent, cuda-python 13.5.0"
+
+
+def test_doctor_shows_the_plugin_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plugin_text(plugin_report()) == "absent; l4convert plugins build makes it"
+    path = tmp_path / DEFAULT_LIBRARY
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"something else")
+    assert "not a plugin library of l4convert" in plugin_text(plugin_report())
+    found = {"path": "x.so", "version": "0.1.0", "sms": [80, 90], "problem": None}
+    assert plugin_text(found) == "x.so, by l4convert 0.1.0, for SM 80, 90"
 
 
 def _forget_engines(artifact: Path) -> None:

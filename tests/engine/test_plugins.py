@@ -14,9 +14,9 @@ import pytest
 from l4convert.emit import read_manifest, verify_artifact
 from l4convert.emit.digest import file_digest
 from l4convert.engine import BuildOptions, build_engines, plan_build
-from l4convert.engine.plugins import DEFAULT_LIBRARY
 from l4convert.errors import InputError, UsageError
 from l4convert.plugins.library import native
+from l4convert.plugins.library.native import DEFAULT_LIBRARY
 from tests.engine.conftest import retarget
 
 ATTENTION = {

@@ -30,7 +30,7 @@ def test_scout_on_h100s(scout: ServingPlan):
     assert gpus == {"bfloat16": 8, "fp8": 8, "int8": 8, "int4": 4}
     fp8 = next(row for row in scout.rows if row.caches.dtype == "fp8")
     assert (fp8.by_bytes, fp8.fewest) == (5, Layout(2, 3))
-    assert "each of 4 would hold 1.4 GB too much" in fp8.reason
+    assert "each of 4 would hold 1.3 GB too much" in fp8.reason
 
 
 def test_the_weights_are_about_60_gb(plan: ConversionPlan):
@@ -84,7 +84,7 @@ def test_hardware_that_says_little(serving: Callable[..., ServingPlan]):
     spark = serving("dgx-spark", 131072, target="tensorrt-rtx")
     assert "prefill" not in spark.sections
     assert spark.chosen.decode is not None
-    assert "target tensorrt-rtx has no caches in int4, int8 yet: for comparison only" in spark.notes
+    assert "target tensorrt-rtx takes no caches in int4, int8: for comparison only" in spark.notes
     assert any("no rate of bfloat16" in note for note in spark.notes)
     assert any("the memory is the CPU's, too" in note for note in spark.notes)
     host = serving(None, 1024, target="cpu")

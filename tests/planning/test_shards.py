@@ -13,7 +13,9 @@ from l4convert.checkpoint.presets import MAVERICK, SCOUT
 from l4convert.errors import UsageError
 from l4convert.pipeline import PlanOptions, plan_conversion
 from l4convert.planning import ConversionPlan
+from l4convert.planning.caches import Caches
 from l4convert.planning.shards import check_degree, degrees, weights_of
+from l4convert.planning.working import Call, working_figures
 
 
 @pytest.mark.parametrize("recipe", ["int4", "fp8", "none"])
@@ -22,6 +24,7 @@ def test_shards_of_weights(maverick_layout: Path, recipe: str):
     table = plan_conversion(PlanOptions(maverick_layout, recipe=recipe, target="tensorrt")).table
     weights = weights_of(table, open_checkpoint(maverick_layout).config)
     assert weights.rank(1) == weights.bytes == sum(row.bytes for row in table)
+    assert weights.experts == {"none": "plain"}.get(recipe, recipe)
     replicated = sum(n for (_, cut), n in weights.parts.items() if cut == "nothing")
     assert 2 * weights.rank(2) - weights.bytes == pytest.approx(replicated)
     # Norms, routers and rotary tables; in FP8 also the scales of what is cut by its inputs, one an output.
@@ -31,6 +34,24 @@ def test_shards_of_weights(maverick_layout: Path, recipe: str):
     keys = sum(row.bytes for row in table if re.search("[kv]_proj", row.name))
     assert keys > 0
     assert weights.rank(2) - weights.rank(4) == pytest.approx((weights.bytes - replicated - keys) / 4)
+
+
+def test_experts_that_the_plugin_has_no_kernel_for_are_dequantized(maverick_layout: Path, tmp_path: Path):
+    """FP8 weights whose activations are not rounded: 16 bits of all experts of a layer are in memory."""
+    recipe = tmp_path / "weights-only.toml"
+    recipe.write_text('name = "w"\ndescription = "d"\n[[rule]]\npattern = "*experts.*"\nscheme = "fp8"\n')
+    plan = plan_conversion(PlanOptions(maverick_layout, recipe=str(recipe), target="tensorrt"))
+    config = open_checkpoint(maverick_layout).config
+    weights = weights_of(plan.table, config)
+    assert weights.experts == "dequantized"
+    caches = Caches.of(config, "static", "bfloat16", None)
+    with_them, without = (
+        working_figures("tensorrt", Call(config, 1, 64, 64, 1, 2, caches, experts=form))
+        for form in (weights.experts, "plain")
+    )
+    assert with_them[:-1] == without
+    stack = config.num_local_experts * config.hidden_size * config.intermediate_size
+    assert (with_them[-1].name, with_them[-1].value) == ("one layer's experts, dequantized", 3 * stack * 2)
 
 
 def test_scouts_shards_by_hand(plan: ConversionPlan):

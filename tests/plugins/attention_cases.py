@@ -6,6 +6,7 @@ cast inside the graph, which is exact: the numbers are of the types that the op 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -15,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
+from l4convert.plugins.library import native
 from l4convert.plugins.long_context_attention import definition
 from l4convert.plugins.long_context_attention.definition import AttentionSpec
-from l4convert.plugins.library import native
 from l4convert.quantization.kv import KV_FORMATS
 from l4convert.runtime.cpu_form import to_cpu_form
 
@@ -131,7 +132,7 @@ def make_call(
         rows = spec.chunk_size or capacity
         angle = np.arange(rows)[:, None] * THETA ** (-np.arange(0, width, 2) / width)
         cos, sin = (table.astype(np.float32) for table in (np.cos(angle), np.sin(angle)))
-    return Call(spec, query, key, value, *past, positions, cos, sin, *scales)
+    return Call(spec, query, key, value, past[0], past[1], positions, cos, sin, scales[0], scales[1])
 
 
 def expected(call: Call) -> Result:
@@ -145,7 +146,7 @@ def expected(call: Call) -> Result:
 
 
 @cache
-def _session(spec: AttentionSpec):  # type: ignore[no-untyped-def]  # noqa: ANN202 - onnxruntime has no stubs
+def _session(spec: AttentionSpec) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -192,25 +193,34 @@ def _type_of(spec: AttentionSpec, name: str) -> ir.DataType | None:
     return None
 
 
-def run(gpu: Any, call: Call, **shape: int) -> Result:
-    """The same by the plugin library, on a :class:`tests.plugins.stand_in.StandIn`; caches are written in place."""
-    return Run(gpu, call, **shape).result()
-
-
 class Run:
-    """One call on the stand-in GPU, and its buffers.
+    """The same call by the plugin library, on a :class:`tests.plugins.stand_in.StandIn`, and its buffers.
 
     Args:
         gpu: The stand-in.
         call: What to compute.
         in_place: Whether past and present are one buffer.
         count: Count how often every byte of the caches is loaded.
+        given: Buffers to use in place of the call's arrays.
+        capacity: Slots of given caches.
     """
 
-    def __init__(self, gpu: Any, call: Call, in_place: bool = True, count: bool = False) -> None:
+    def __init__(
+        self,
+        gpu: Any,
+        call: Call,
+        in_place: bool = True,
+        count: bool = False,
+        given: Mapping[str, Any] | None = None,
+        capacity: int | None = None,
+    ) -> None:
         spec, self.gpu, self.call = call.spec, gpu, call
-        names = definition.input_names(spec)
-        buffers = {name: gpu.upload(getattr(call, name), name, count and name.startswith("past")) for name in names}
+        buffers = dict(given or {})
+        for name in definition.input_names(spec):
+            if name not in buffers:
+                buffers[name] = gpu.upload(getattr(call, name), name, count and name.startswith("past"))
+        shape = shape_of(call)
+        shape.capacity = capacity or shape.capacity
         self.attention = gpu.empty(call.query.shape, call.query.dtype, "attention")
         self.present = [
             buffers[f"past_{part}"]
@@ -222,7 +232,7 @@ class Run:
         gpu.reset_counts()
         gpu.attention(
             attributes_of(spec),
-            shape_of(call),
+            shape,
             **buffers,
             attention=self.attention,
             present_key=self.present[0],
@@ -265,7 +275,8 @@ def shape_of(call: Call) -> native.AttentionShape:
 
 def relative_error(actual: np.ndarray, wanted: np.ndarray) -> float:
     """Largest difference over the largest number."""
-    assert actual.size and np.isfinite(actual).all()
+    assert actual.size
+    assert np.isfinite(actual).all()
     return float(np.abs(actual - wanted).max() / np.abs(wanted).max())
 
 

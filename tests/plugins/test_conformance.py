@@ -19,6 +19,7 @@ from l4convert.plugins.library.checking import check_library
 from l4convert.plugins.library.support import Attribute, missing_support
 from l4convert.plugins.long_context_attention import definition
 from l4convert.plugins.long_context_attention.definition import AttentionSpec
+from l4convert.plugins.moe.packed import PackedMoESpec
 from tests.plugins import attention_cases, moe
 from tests.plugins.stand_in import StandIn
 
@@ -118,7 +119,8 @@ def test_experts_equal_the_function_body(
     attributes = attributes_of(case.spec)
     inputs = [case.x, case.logits, case.gate_up.stored, case.down.stored]
     if weights != "plain":
-        attributes |= {"weights": weights, "gate_up_block": case.gate_up.block, "down_block": case.down.block}
+        blocks_of = {"gate_up_block": case.gate_up.block, "down_block": case.down.block}
+        attributes = attributes_of(PackedMoESpec(**vars(case.spec), weights=weights, **blocks_of))
         words = {"int4": np.int32, "fp8": np.int64}[weights]
         pairs = ((each.packed.view(words), each.scale) for each in (case.gate_up, case.down))
         inputs = [case.x, case.logits, *(array for pair in pairs for array in pair if array is not None)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,10 +32,8 @@ GROUPS = {group.name: group for group in cases.groups(SCALE)}
         (HostKernels, "chunked attention bfloat16, fp8 cache", (4, 9)),  # ragged batches: single tokens, and a few
         (HostKernels, "global attention float16, float16 cache", (2,)),
         (HostKernels, "MoE int4 block 64 bfloat16", (0,)),
-        (HostKernels, "MoE fp8 float16", (1,)),
         (HostPluginKernels, "global attention bfloat16, int8 cache", (1,)),
-        (HostPluginKernels, "MoE int4 block 32 bfloat16", (0,)),
-        (HostPluginKernels, "MoE plain float16", (0,)),
+        (HostPluginKernels, "MoE fp8 float16", (0,)),
     ],
 )
 def test_kernels_equal_their_functions_bodies(
@@ -98,3 +97,34 @@ def test_a_row_that_does_not_fit_or_fails_does_not_stop_the_others(bench: Any) -
     assert first.passed
     assert "20 query heads to a key/value head are too many" in second.problem
     assert not second.passed
+
+
+def test_the_part_of_the_kernels_as_a_whole(
+    bench: Any, make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = load("gpu_kernels")
+    shrunk = replace(GROUPS["global attention float16, float16 cache"], cases=GROUPS["MoE plain float16"].cases[:1])
+    row = workloads.AttentionRow("global attention", roofline.Attention(5, 1, 16, 0), 1, 1, 20)
+    monkeypatch.setattr(part, "groups", lambda scale, seed: [shrunk, GROUPS["MoE fp8 bfloat16"]])
+    monkeypatch.setattr(part, "PluginKernels", lambda *arguments: HostPluginKernels(kernels.gpu))
+    monkeypatch.setattr(part, "ROWS", (row, *workloads.MOE))
+    kernels = HostKernels(make_gpu(sm=90, multiprocessors=4))
+    found = part.run(torch, kernels, bench.limits, (8 << 30, 1 << 12), "attention", 0)
+    assert found.passed
+    assert found.measured
+    checked, plugged, timed = (section.markdown() for section in found.sections)
+    assert "| pass |" in checked
+    assert "| pass |" in plugged
+    assert "not slower than torch: met" in timed
+    (speed_row,) = found.content["speed"]
+    assert speed_row["aims"] == {"80% of copy": False, "not slower than torch": True}
+    assert json.loads(json.dumps(part.finite(found.content))) == found.content
+    monkeypatch.setattr(kernels, "moe", lambda *arguments: raising)
+    monkeypatch.setattr(part, "ROWS", ())
+    found = part.run(torch, kernels, bench.limits, (8 << 30, 1 << 12), "attention", 0)
+    assert not found.passed
+    assert "failed: RuntimeError: CUDA error: an illegal memory access" in found.sections[0].markdown()
+
+
+def raising() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -29,6 +29,7 @@ Case experts_case(const Experts& given) {
                      {"compute", given.compute},      {"activations", weights == "fp8" ? "fp8" : ""}};
   if (packed) {
     made.attributes.insert({"weights", given.weights});
+    made.attributes.insert({"layout", 1});
     made.attributes.insert({"gate_up_block", given.gate_up_block});
     made.attributes.insert({"down_block", given.down_block});
   }
@@ -52,6 +53,7 @@ Case experts_case(const Experts& given) {
                   {"num_experts", 0, "expert"},      {"hidden_size", -64, "hidden"},
                   {"activations", weights == "fp8" ? "" : "fp8", "FP8"}};
   if (int4) made.refused.push_back({"gate_up_block", 48, "block"});
+  if (packed) made.refused.push_back({"layout", 2, "layout"});
   return made;
 }
 
