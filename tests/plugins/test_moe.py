@@ -93,6 +93,17 @@ def test_of_equal_scores_the_first_experts_are_chosen(gpu, tokens):
     assert relative_error(Call.of(gpu, case).run(), case.expected) <= 1e-2
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_logits_that_are_not_numbers_harm_their_own_token_only(gpu, top_k):
+    case = make_case("int4", 3, 3, 64, 64, top_k)
+    expected = case.expected
+    logits = case.logits.copy()
+    logits[1] = [np.nan, -np.inf, np.uint32(0xFFFFFFFF).view(np.float32)]
+    actual = Call.of(gpu, replace(case, logits=logits)).run()
+    assert np.isnan(actual[1]).all()
+    assert relative_error(actual[[0, 2]], expected[[0, 2]]) <= 1e-2
+
+
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (8, 1), (20, 2)])
 def test_each_chosen_expert_is_read_once_and_no_other_at_all(gpu, tokens, top_k):
     case = make_case("int4", tokens, 10, 128, 64, top_k)
