@@ -35,16 +35,16 @@ def variants(head_dims: Sequence[int] = DEFAULT_HEAD_DIMS) -> tuple[Variant, ...
 
 def _scale(head_dim: int) -> float:
     """Of scores in base 2: log2(e) / sqrt(D)."""
-    return math.log2(math.e) * head_dim**-0.5
+    return math.log2(math.e) / math.sqrt(head_dim)
 
 
 def _small(head_dim: int, size: int) -> int:
-    """Tile sizes of narrow heads, which only small models have: the tile of a head of 128, scaled down to 16 at least."""
+    """Tile sizes of narrow heads, which only small models have: scaled down from those of a head of 64, to 16."""
     return max(16, min(size, size * head_dim // 64))
 
 
 def _pointers(element: str, names: str) -> Signature:
-    return {name: f"*{element}" for name in names.split()}
+    return dict.fromkeys(names.split(), f"*{element}")
 
 
 def _integers(names: str) -> Signature:

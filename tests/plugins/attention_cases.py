@@ -16,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
+from l4convert.plugins.library import native
 from l4convert.plugins.long_context_attention import definition
 from l4convert.plugins.long_context_attention.definition import AttentionSpec
-from l4convert.plugins.library import native
 from l4convert.quantization.kv import KV_FORMATS
 from l4convert.runtime.cpu_form import to_cpu_form
 
@@ -132,7 +132,7 @@ def make_call(
         rows = spec.chunk_size or capacity
         angle = np.arange(rows)[:, None] * THETA ** (-np.arange(0, width, 2) / width)
         cos, sin = (table.astype(np.float32) for table in (np.cos(angle), np.sin(angle)))
-    return Call(spec, query, key, value, *past, positions, cos, sin, *scales)
+    return Call(spec, query, key, value, past[0], past[1], positions, cos, sin, scales[0], scales[1])
 
 
 def expected(call: Call) -> Result:
@@ -146,7 +146,7 @@ def expected(call: Call) -> Result:
 
 
 @cache
-def _session(spec: AttentionSpec):  # type: ignore[no-untyped-def]  # noqa: ANN202 - onnxruntime has no stubs
+def _session(spec: AttentionSpec) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -275,7 +275,8 @@ def shape_of(call: Call) -> native.AttentionShape:
 
 def relative_error(actual: np.ndarray, wanted: np.ndarray) -> float:
     """Largest difference over the largest number."""
-    assert actual.size and np.isfinite(actual).all()
+    assert actual.size
+    assert np.isfinite(actual).all()
     return float(np.abs(actual - wanted).max() / np.abs(wanted).max())
 
 

@@ -185,12 +185,12 @@ def test_tables_and_scales_are_needed_only_where_they_are_used(planner):
 
 
 def test_a_head_dim_without_kernels_is_refused_with_the_command(planner):
-    with pytest.raises(DeviceError, match="l4convert plugins build --head-dim 256 --sm 90$"):
+    with pytest.raises(DeviceError, match=r"l4convert plugins build --head-dim 256 --sm 90$"):
         plan(planner, {**FAR, "head_dim": 256}, shape(1, 1, 100))
 
 
 def test_too_many_query_heads_to_a_key_value_head_are_refused(planner):
-    with pytest.raises(DeviceError, match="17 query heads to a key/value head are too many$"):
+    with pytest.raises(DeviceError, match=r"17 query heads to a key/value head are too many$"):
         plan(planner, {**FAR, "num_heads": 17, "kv_num_heads": 1}, shape(1, 1, 100))
 
 
