@@ -127,6 +127,7 @@ def test_the_part_of_the_kernels_as_a_whole(
     assert "| pass |" in checked
     assert "| pass |" in plugged
     assert "not slower than torch: met" in timed
+    assert "not measured in 1 rows: onnxruntime: " in timed
     (speed_row,) = found.content["speed"]
     assert speed_row["aims"] == {"80% of copy": False, "not slower than torch": True}
     assert json.loads(json.dumps(part.finite(found.content))) == found.content
