@@ -29,6 +29,7 @@ import gpu_kernels
 from gpu_environment import probe
 from gpu_hardware import slug
 from gpu_kernels import Part
+from gpu_library import build_for
 from gpu_report import SCHEMA
 
 from l4convert.gpus import Gpu
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def engines(gpu: Gpu, work: Path | None, tokens: int, only: str) -> Part:
     """The part of engines and provider."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = gpu_engines.Bench(gpu, work or Path(folder), tokens, gpu_engines.l4convert, gpu_engines.load)
+        bench = gpu_engines.Bench(gpu, work or Path(folder), tokens, gpu_engines.l4convert, gpu_engines.load, build_for)
         rows = [row for row in gpu_engines.ROWS if only in row.name]
         results = [gpu_engines.measured(row, bench) for row in rows]
     content = {"tokens": tokens, "prompt": gpu_engines.PROMPT, "rows": gpu_engines.as_json(results)}

@@ -8,6 +8,7 @@ model shows that everything runs and is right; with so small a model the times a
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -20,15 +21,20 @@ from typing import Any
 
 import numpy as np
 from gpu_hardware import Unfit, capability, hardware_for
+from gpu_library import NotBuilt
 from gpu_report import Section
 
+from l4convert.errors import INSTALL
 from l4convert.gpus import Gpu
 from l4convert.runtime import EngineSession, OrtSession, Runner, RunWith
 from l4convert.runtime.runner import last_logits
+from l4convert.targets.hardware import load_hardware
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "01_convert_nano_scout"
 CONTEXT, BATCH, WINDOW = 1024, 3, 600
 PROMPT, DECODED, REPEAT, WARM = 512, 64, 5, 3
+SIZES = ("--max-batch", BATCH, "--max-context", CONTEXT, "--prefill-tokens", PROMPT)
+HEAD_DIM = 32  # of the nano model
 MISSING = 5  # exit code of the commands where a backend is not installed
 
 Figures = dict[str, str | float]
@@ -47,6 +53,7 @@ class Bench:
         gpu: The device; ``work``: a folder for artifacts; ``tokens``: of held-out text to validate on.
         command: Runs ``l4convert`` with arguments; gives the JSON that it prints.
         load: Opens an artifact.
+        library: Builds the plugin library for an SM and heads of a width.
     """
 
     gpu: Gpu
@@ -54,6 +61,7 @@ class Bench:
     tokens: int
     command: Command
     load: Callable[[RunWith, Path], Any]
+    library: Callable[[int, int], Path]
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,22 @@ def engine(recipe: str) -> Callable[[Bench], Figures]:
     def run(bench: Bench) -> Figures:
         hardware = hardware_for(bench.gpu, "tensorrt-rtx", bench.work)
         out = convert(bench, "tensorrt-rtx", recipe)
-        sizes = ["--max-batch", BATCH, "--max-context", CONTEXT, "--prefill-tokens", PROMPT]
-        bench.command("build", out, "--target", hardware, *sizes)
+        bench.command("build", out, "--target", hardware, *SIZES)
+        return check_and_time(bench, out, RunWith(engine=Path(hardware).stem))
+
+    return run
+
+
+def plugged(recipe: str) -> Callable[[Bench], Figures]:
+    """An engine of TensorRT with the plugin library, both built here for this GPU."""
+
+    def run(bench: Bench) -> Figures:
+        if importlib.util.find_spec("tensorrt") is None:
+            raise Unfit(f"tensorrt is not installed: {INSTALL['tensorrt']}")
+        hardware = hardware_for(bench.gpu, "tensorrt", bench.work)
+        library = bench.library(load_hardware(hardware).sm, HEAD_DIM)
+        out = convert(bench, "tensorrt", recipe)
+        bench.command("build", out, "--target", hardware, "--plugins", library, *SIZES)
         return check_and_time(bench, out, RunWith(engine=Path(hardware).stem))
 
     return run
@@ -107,6 +129,9 @@ ROWS = (
     Row("tensorrt-rtx none", engine("none"), (8, 0)),
     Row("tensorrt-rtx int4", engine("int4"), (8, 0)),
     Row("tensorrt-rtx fp8", engine("fp8"), (8, 9)),
+    Row("tensorrt none", plugged("none"), (8, 0)),
+    Row("tensorrt int4", plugged("int4"), (8, 0)),
+    Row("tensorrt fp8", plugged("fp8"), (8, 9)),
     Row("cuda none", cuda("none")),
     Row("cuda int4", cuda("int4")),
 )
@@ -120,7 +145,9 @@ def measured(row: Row, bench: Bench) -> Result:
         return Result(row.name, True, problem=f"not measured: needs compute capability {least}")
     try:
         figures = row.run(bench)
-    except Unfit as reason:
+    except (Unfit, NotBuilt) as reason:
+        if isinstance(reason, NotBuilt) and reason.failed:
+            return Result(row.name, False, problem=f"failed: {reason}")
         return Result(row.name, True, problem=f"not measured: {reason}")
     except Exception as error:  # the table is to have every row
         return Result(row.name, False, problem=f"failed: {type(error).__name__}: {' '.join(str(error).split())}")

@@ -129,8 +129,9 @@ def correctness(torch: Any, kernels: Kernels, only: str, seed: int, scale: Scale
     results = []
     for group in groups(scale or Scale(), seed):
         if only in group.name:
-            say(group.name)
+            say(f"... {group.name}")
             results.append(check(kernels, lambda compute: Maker(torch, kernels.device, compute), group))
+            say(f"    {results[-1].cases} cases, error {results[-1].error:.2g} {results[-1].problem}")
     return results
 
 
@@ -143,8 +144,9 @@ def through_plugins(torch: Any, kernels: Kernels, only: str, seed: int) -> list[
     return correctness(torch, plugins, only, seed, FEWER)
 
 
-def say(name: str) -> None:
-    print(f"... {name}", file=sys.stderr, flush=True)
+def say(line: str) -> None:
+    """Progress, for those who wait, and what is left of a run that is stopped."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def finite(value: Any) -> Any:

@@ -37,14 +37,15 @@ class NotBuilt(Exception):
         self.failed = failed
 
 
-def build_for(sm: int) -> Path:
-    """The library for one SM; what was compiled before is not compiled again.
+def build_for(sm: int, head_dim: int = 128) -> Path:
+    """The library for one SM and heads of one width; what was compiled before is not compiled again.
 
     Raises:
         NotBuilt: The build failed; with its error.
     """
-    output = BUILT / f"sm{sm}"
-    arguments = ["plugins", "build", "--sm", sm, "--output", output, "--cache", BUILT / "cache", "--overwrite"]
+    output = BUILT / f"sm{sm}-{head_dim}"
+    what = ["--sm", sm, "--head-dim", head_dim]
+    arguments = ["plugins", "build", *what, "--output", output, "--cache", BUILT / "cache", "--overwrite"]
     command = [sys.executable, "-m", "l4convert", *map(str, arguments)]
     # Kernels that were decorated under the interpreter cannot be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -33,7 +33,7 @@ class Section:
     def markdown(self) -> str:
         """Title, note and rows; a column for every figure that some row has, in order."""
         found = dict.fromkeys(key for _, cells in self.lines if not isinstance(cells, str) for key in cells)
-        columns = list(self.columns or found)
+        columns = list(self.columns or found) or [""]
         table = [["row", *columns], ["---"] * (1 + len(columns))]
         for name, cells in self.lines:
             if isinstance(cells, str):

@@ -45,6 +45,15 @@ class Timed:
     notes: tuple[str, ...] = ()
 
     @property
+    def summary(self) -> str:
+        """In one line, for those who wait."""
+        if self.seconds is None:
+            return self.problem
+        peers = (("torch", self.torch_seconds), ("ONNX Runtime", self.onnxruntime_seconds))
+        others = [f"{name} {seconds * 1e6:,.5g}" for name, seconds in peers if seconds is not None]
+        return ", ".join([f"{self.seconds * 1e6:,.5g} us", *others, *self.notes])
+
+    @property
     def passed(self) -> bool:
         """Nothing went wrong; the row need not have been measured."""
         within = self.difference is None or self.difference <= LARGEST_DIFFERENCE[self.row.work.rate]
@@ -92,8 +101,10 @@ class Bench:
     def measured(self, rows: Iterable[Row], say: Callable[[str], None]) -> Iterator[Timed]:
         """Every row; whatever goes wrong in one is its own problem and not that of the others."""
         for row in rows:
-            say(row.name)
-            yield self._guarded(row)
+            say(f"... {row.name}")
+            result = self._guarded(row)
+            say(f"    {result.summary}")
+            yield result
 
     def _guarded(self, row: Row) -> Timed:
         torch = self.torch

@@ -5,7 +5,8 @@
 prints the roofline tables of the plugins' READMEs, for a bundled hardware profile or a file. The same formulas are the
 bytes and FLOPs of ``benchmarks/gpu.py``, which puts measured limits in the profile's place.
 
-Every input is read once and every output written once; nothing else is counted: no workspace, no second reading.
+Every input is read once and every output written once; nothing else is counted: no second reading, and no workspace
+(plugins/moe/README.md adds the rows between the two products, which matter for long prompts only).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from l4convert.cli._inspect_checkpoint import layer_rows
 from l4convert.cli._render import count, fields, size, table
 from l4convert.emit import read_manifest
 from l4convert.emit.write import MODEL_FILE
+from l4convert.engine.network import PACKED_SCALE, codes_a_word
 from l4convert.errors import InputError
 from l4convert.runtime import ArtifactInfo, read_artifact
 
@@ -67,8 +68,9 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
 def quantized_share(model: onnx.ModelProto) -> float:
     """The share of the weights (counted one by one, scales left out) that are stored in 4 or 8 bits."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in _stored(model)}
-    quantized: dict[str, int] = {}
-    scales: set[str] = set()
+    codes = {tensor.name: codes_a_word(tensor) for tensor in _stored(model)}
+    quantized: dict[str, int] = {name: sizes[name] * each for name, each in codes.items() if each}
+    scales = {name for name in sizes if name.endswith(PACKED_SCALE)}
     for node in _nodes(model):
         names = dict(enumerate(node.input))
         for index in _WEIGHT_INPUTS.get(node.op_type, ()):

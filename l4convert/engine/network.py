@@ -49,7 +49,8 @@ _QUANTIZED = {"int8", "int4", "fp8", "fp4"}
 # graph_passes/pack_experts.py). Codes are looked up in a table or read by our kernels' integer arithmetic, so by
 # themselves they need no precision of the hardware.
 _PACKED = {"_int4_packed": 4, "_fp8_packed": 8}
-_PACKED_SCALE = "_packed_scale"
+#: How names of their scales end.
+PACKED_SCALE = "_packed_scale"
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,9 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
             nbytes = -(-math.prod(tensor.dims) * _BITS.get(tensor.data_type, 8) // 8)
             codes, precision = _codes(tensor), _PRECISIONS.get(tensor.data_type)
             total += nbytes
-            packed += nbytes if precision in {"int4", "fp4"} or _codes_a_word(tensor) else 0
+            packed += nbytes if precision in {"int4", "fp4"} or codes_a_word(tensor) else 0
             weights += codes
-            scale = tensor.name in scales or tensor.name.endswith(_PACKED_SCALE)
+            scale = tensor.name in scales or tensor.name.endswith(PACKED_SCALE)
             unquantized += 0 if codes or scale else nbytes
             types.add(tensor.data_type)
         types |= {node_type for node in graph.node for node_type in _types_of(node)}
@@ -171,11 +172,12 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
 
 def _codes(tensor: onnx.TensorProto) -> int:
     """How many quantized weights a tensor holds."""
-    each = _codes_a_word(tensor) or int(_PRECISIONS.get(tensor.data_type) in _QUANTIZED)
+    each = codes_a_word(tensor) or int(_PRECISIONS.get(tensor.data_type) in _QUANTIZED)
     return int(math.prod(tensor.dims)) * each
 
 
-def _codes_a_word(tensor: onnx.TensorProto) -> int:
+def codes_a_word(tensor: onnx.TensorProto) -> int:
+    """How many codes are in an element of packed experts; 0: the tensor is something else."""
     code = next((bits for suffix, bits in _PACKED.items() if tensor.name.endswith(suffix)), 0)
     return _BITS.get(tensor.data_type, 8) // code if code else 0
 

@@ -198,9 +198,7 @@ class _Serving:
         hardware, found = self.wanted.hardware, []
         missing = sorted({row.caches.dtype for row in rows if row.caches.scaled_layers} - set(self.artifact.kv_dtypes))
         if missing:
-            found.append(
-                f"target {self.artifact.target} has no caches in {', '.join(missing)} yet: for comparison only"
-            )
+            found.append(f"target {self.artifact.target} takes no caches in {', '.join(missing)}: for comparison only")
         if self.memory is None:
             found.append("the memory is not known: --target also takes a GPU, as h100, or a profile of your own")
         elif any(row.layout and row.layout.gpus > 1 for row in rows):

@@ -105,33 +105,42 @@ def _int4_products(
 
 
 @triton.jit
-def _stored_products(
-    acc, acc_up, inputs, weight, row, start, count, K, columns, N,
-    WEIGHTS: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+def _fp8_products(
+    acc, acc_up, inputs, weight, row, column, count, K, columns,
+    GATED: tl.constexpr, SPLIT: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_int4_products` for weights that need no arithmetic: E4M3 [N,K], or 16 bits in ONNX order [K,N]."""
+    """As :func:`_int4_products` for E4M3 codes [N, K]."""
     RANK: tl.constexpr = 2 if SPLIT == 1 else 3
-    slice_ = 0 if SPLIT == 1 else tl.arange(0, SPLIT)[:, None, None] * DEPTH
     lane = _lane(DEPTH, 1, RANK)
-    depth = _lane(DEPTH, 0, RANK)
-    column = start + _lane(COLUMNS, 0, RANK)
-    across = start + _lane(COLUMNS, 1, RANK)
+    slice_ = 0 if SPLIT == 1 else tl.arange(0, SPLIT)[:, None, None] * DEPTH
     for begin in range(0, K, SPLIT * DEPTH):
-        k = begin + slice_
-        rows = _turned(tl.load(inputs + row * K + (k + lane), mask=(row < count) & (k + lane < K), other=0.0))
-        if WEIGHTS == FP8:
-            place = weight + column * K + (k + lane)
-            inside = (column < columns) & (k + lane < K)
-            gate = tl.load(place, mask=inside, other=0.0)
-            acc = tl.dot(gate, rows, acc)
-            if GATED:
-                acc_up = tl.dot(tl.load(place + columns * K, mask=inside, other=0.0), rows, acc_up)
-        else:
-            place = weight + (k + depth) * N + across
-            inside = (across < columns) & (k + depth < K)
-            acc = tl.dot(_turned(tl.load(place, mask=inside, other=0.0)), rows, acc)
-            if GATED:
-                acc_up = tl.dot(_turned(tl.load(place + columns, mask=inside, other=0.0)), rows, acc_up)
+        k = begin + slice_ + lane
+        rows = _turned(tl.load(inputs + row * K + k, mask=(row < count) & (k < K), other=0.0))
+        place = weight + column * K + k
+        inside = (column < columns) & (k < K)
+        acc = tl.dot(tl.load(place, mask=inside, other=0.0), rows, acc)
+        if GATED:
+            acc_up = tl.dot(tl.load(place + columns * K, mask=inside, other=0.0), rows, acc_up)
+    return acc, acc_up
+
+
+@triton.jit
+def _plain_products(
+    acc, acc_up, inputs, weight, row, column, count, K, columns, N, GATED: tl.constexpr, DEPTH: tl.constexpr
+):  # fmt: skip
+    """Sums [rows, columns] of 16-bit weights [K, N]: with nothing to dequantize they are the right operand as they are.
+
+    Args:
+        row: [rows, 1]; column: [1, columns].
+    """
+    for begin in range(0, K, DEPTH):
+        k = begin + tl.arange(0, DEPTH)
+        rows = tl.load(inputs + row * K + k[None, :], mask=(row < count) & (k < K)[None, :], other=0.0)
+        place = weight + k[:, None] * N + column
+        inside = (column < columns) & (k < K)[:, None]
+        acc = tl.dot(rows, tl.load(place, mask=inside, other=0.0), acc)
+        if GATED:
+            acc_up = tl.dot(rows, tl.load(place + columns, mask=inside, other=0.0), acc_up)
     return acc, acc_up
 
 
@@ -175,32 +184,40 @@ def moe_product(
     zero = tl.load(tile + 2 + _lane(1, 1, RANK)) >> 31
     N = columns * 2 if GATED else columns
     start = (within // size) * COLUMNS
-    column = start + _lane(COLUMNS, 0, RANK)
-    row = _lane(TILE, 0, RANK)
+    column = start + tl.arange(0, COLUMNS)[None, :]
+    row = tl.arange(0, TILE)[:, None]
     mine = inputs + first.to(tl.int64) * K
-    acc = tl.zeros((COLUMNS, TILE) if SPLIT == 1 else (SPLIT, COLUMNS, TILE), tl.float32)
-    if WEIGHTS == INT4:
-        mine_weight = weight + expert * N * (K // 8)
-        mine_scale = weight_scale + expert * (K >> block_shift) * N
-        acc, acc_up = _int4_products(
-            acc, acc, mine, mine_weight, mine_scale, row, column, count, zero, N, K, columns, block_shift,
-            GATED, SPLIT, COLUMNS, DEPTH,
+    if WEIGHTS == PLAIN:
+        result = tl.zeros((TILE, COLUMNS), tl.float32)
+        mine_weight = weight + expert * N * K
+        result, up = _plain_products(
+            result, result, mine, mine_weight, row, column, count, K, columns, N, GATED, DEPTH
         )  # fmt: skip
     else:
-        acc, acc_up = _stored_products(
-            acc, acc, mine, weight + expert * N * K, row, start, count, K, columns, N,
-            WEIGHTS, GATED, SPLIT, COLUMNS, DEPTH,
-        )  # fmt: skip
-    result = acc if SPLIT == 1 else tl.sum(acc, axis=0)
-    up = acc_up if SPLIT == 1 else tl.sum(acc_up, axis=0)
-    column = start + tl.arange(0, COLUMNS)
-    row = tl.arange(0, TILE)
+        acc = tl.zeros((COLUMNS, TILE) if SPLIT == 1 else (SPLIT, COLUMNS, TILE), tl.float32)
+        left = start + _lane(COLUMNS, 0, RANK)
+        right = _lane(TILE, 0, RANK)
+        if WEIGHTS == INT4:
+            mine_weight = weight + expert * N * (K // 8)
+            mine_scale = weight_scale + expert * (K >> block_shift) * N
+            acc, acc_up = _int4_products(
+                acc, acc, mine, mine_weight, mine_scale, right, left, count, zero, N, K, columns, block_shift,
+                GATED, SPLIT, COLUMNS, DEPTH,
+            )  # fmt: skip
+        else:
+            mine_weight = weight + expert * N * K
+            acc, acc_up = _fp8_products(
+                acc, acc, mine, mine_weight, right, left, count, K, columns, GATED, SPLIT, DEPTH
+            )
+        result = tl.trans(acc if SPLIT == 1 else tl.sum(acc, axis=0))
+        up = tl.trans(acc_up if SPLIT == 1 else tl.sum(acc_up, axis=0))
+    inside = (row < count) & (column < columns)
     if WEIGHTS == FP8:
         place = weight_scale + expert * N + column
-        by_row = tl.load(row_scale + first + row, mask=row < count, other=0.0)[None, :]
-        result = result * by_row * tl.load(place, mask=column < columns, other=0.0).to(tl.float32)[:, None]
+        by_row = tl.load(row_scale + first + row, mask=row < count, other=0.0)
+        result = result * by_row * tl.load(place, mask=column < columns, other=0.0).to(tl.float32)
         if GATED:
-            up = up * by_row * tl.load(place + columns, mask=column < columns, other=0.0).to(tl.float32)[:, None]
+            up = up * by_row * tl.load(place + columns, mask=column < columns, other=0.0).to(tl.float32)
     result = result.to(TYPE)
     target = (first + row).to(tl.int64)
     if GATED:
@@ -208,8 +225,7 @@ def moe_product(
         result = (gate * tl.sigmoid(gate) * up.to(TYPE).to(tl.float32)).to(TYPE)
     else:
         target = tl.load(targets + first + row, mask=row < count, other=0).to(tl.int64)
-    place = output + target[:, None] * columns + column[None, :]
-    tl.store(place, tl.trans(result), mask=(row < count)[:, None] & (column < columns)[None, :])
+    tl.store(output + target * columns + column, result, mask=inside)
 
 
 @triton.jit

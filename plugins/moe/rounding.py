@@ -1,6 +1,4 @@
 """Rounding to E4M3 with one scale a row, as ``quantization/activations.py`` writes it in ONNX."""
-# mypy: ignore-errors
-# (as kernels.py: Triton's language has no types that a checker knows)
 
 import triton
 import triton.language as tl

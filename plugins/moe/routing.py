@@ -5,9 +5,6 @@ chose and how often each expert was chosen in its block of tokens, :func:`moe_sc
 and into the table of tiles, :func:`moe_place` writes the rows. Rows of one expert are in the order of their tokens, so
 two calls give the same bits.
 """
-# mypy: ignore-errors
-# (as kernels.py: Triton's language has no types that a checker knows)
-# ruff: noqa: N803, N806 (as kernels.py: constants of the compiler in capitals, sizes as the formulas name them)
 
 import triton
 import triton.language as tl

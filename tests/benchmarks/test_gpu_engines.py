@@ -62,9 +62,21 @@ def bench(work: Path, device: Gpu = RTX, **replies: Any) -> tuple[Any, list[list
             raise reply
         return reply
 
-    return gpu.Bench(device, work, 100, command, lambda run_with, out: Stub(0.1, 0.01)), said
+    def library(sm: int, head_dim: int) -> Path:
+        reply = replies.get("library", Path(f"library for SM {sm}, heads of {head_dim}"))
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    return gpu.Bench(device, work, 100, command, lambda run_with, out: Stub(0.1, 0.01), library), said
 
 
+@pytest.fixture
+def with_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name == "tensorrt" or None)
+
+
+@pytest.mark.usefixtures("with_tensorrt")
 def test_every_row_converts_builds_validates_and_is_timed(tmp_path: Path) -> None:
     here, said = bench(tmp_path, validate=REPORT)
     results = [gpu.measured(row, here) for row in gpu.ROWS]
@@ -72,11 +84,16 @@ def test_every_row_converts_builds_validates_and_is_timed(tmp_path: Path) -> Non
         "tensorrt-rtx none",
         "tensorrt-rtx int4",
         "tensorrt-rtx fp8",
+        "tensorrt none",
+        "tensorrt int4",
+        "tensorrt fp8",
         "cuda none",
         "cuda int4",
     ]
     assert all(result.passed and result.problem is None for result in results)
-    assert [command[0] for command in said] == ["convert", "build", "validate"] * 3 + ["convert", "validate"] * 2
+    assert [command[0] for command in said] == ["convert", "build", "validate"] * 6 + ["convert", "validate"] * 2
+    plugged = next(command for command in said if command[:2] == ["build", str(tmp_path / "tensorrt-int4")])
+    assert plugged[plugged.index("--plugins") + 1] == "library for SM 120, heads of 32"
     assert said[1][:4] == ["build", str(tmp_path / "tensorrt-rtx-none"), "--target", "rtx-5090"]
     assert said[2][-2:] == ["--engine", "rtx-5090"]
     assert said[-1][-2:] == ["--provider", "cuda"]
@@ -128,7 +145,8 @@ def test_the_profile_is_that_of_the_gpu_s_name(tmp_path: Path) -> None:
 
 def test_the_table_has_every_row(tmp_path: Path) -> None:
     here, _ = bench(tmp_path, validate=REPORT, build=gpu.Unfit("tensorrt-rtx is not installed"))
-    text = gpu.section([gpu.measured(row, here) for row in gpu.ROWS[2:]]).markdown()
+    rows = [row for row in gpu.ROWS if row.name in {"tensorrt-rtx fp8", "cuda none", "cuda int4"}]
+    text = gpu.section([gpu.measured(row, here) for row in rows]).markdown()
     header, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
     assert [line.count("|") for line in lines] == [header.count("|")] * 3
     assert [line.split(" | ")[1] for line in lines] == [
@@ -156,3 +174,22 @@ def test_an_artifact_is_opened_for_the_context(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(RunWith, "open", lambda self, out, **options: seen.update(options, out=out))
     gpu.load(RunWith(engine="l4"), tmp_path)
     assert seen == {"max_length": 1024, "out": tmp_path}
+
+
+@pytest.mark.usefixtures("with_tensorrt")
+@pytest.mark.parametrize(("failed", "problem"), [(False, "not measured: no triton"), (True, "failed: no triton")])
+def test_a_plugin_library_that_cannot_be_built(tmp_path: Path, failed: bool, problem: str) -> None:
+    here, said = bench(tmp_path, library=gpu.NotBuilt("no triton", failed))
+    (row,) = [row for row in gpu.ROWS if row.name == "tensorrt int4"]
+    result = gpu.measured(row, here)
+    assert (result.passed, result.problem) == (not failed, problem)
+    assert said == []
+
+
+def test_without_tensorrt_its_rows_say_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    here, _ = bench(tmp_path)
+    (row,) = [row for row in gpu.ROWS if row.name == "tensorrt fp8"]
+    result = gpu.measured(row, here)
+    assert result.passed
+    assert result.problem.startswith("not measured: tensorrt is not installed: pip install tensorrt-cu13")

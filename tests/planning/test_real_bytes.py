@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
+from l4convert.cli._inspect_artifact import quantized_share
 from l4convert.engine.network import graph_facts
 from l4convert.pipeline import ConvertOptions, PlanOptions, convert, plan_conversion
 from l4convert.planning.caches import Caches
@@ -90,7 +91,11 @@ def test_packed_experts_of_the_target_for_plugins(nano: Path, tmp_path: Path, re
     experts = config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
     assert {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in packed} == {dtype}
     assert sum(math.prod(tensor.dims) for tensor in packed) * 8 == experts * len(config.layers)
-    facts = graph_facts(onnx.load(artifact / "model.onnx", load_external_data=False))
+    graph = onnx.load(artifact / "model.onnx", load_external_data=False)
+    facts = graph_facts(graph)
+    # `inspect` counts what is not quantized (embedding, head, norms, routers, tables) and the codes in words alike.
+    plain = sum(math.prod(t.dims) for t in words.values() if not re.search(r"_(int4|fp8)|_scale", t.name))
+    assert quantized_share(graph) == pytest.approx(facts.quantized_weights / (facts.quantized_weights + plain))
     assert facts.quantized_weights > experts * len(config.layers)  # and the matrices beside the experts
     assert experts * len(config.layers) * bits // 8 <= facts.packed_bytes < facts.weights_bytes
 

@@ -84,7 +84,7 @@ def test_hardware_that_says_little(serving: Callable[..., ServingPlan]):
     spark = serving("dgx-spark", 131072, target="tensorrt-rtx")
     assert "prefill" not in spark.sections
     assert spark.chosen.decode is not None
-    assert "target tensorrt-rtx has no caches in int4, int8 yet: for comparison only" in spark.notes
+    assert "target tensorrt-rtx takes no caches in int4, int8: for comparison only" in spark.notes
     assert any("no rate of bfloat16" in note for note in spark.notes)
     assert any("the memory is the CPU's, too" in note for note in spark.notes)
     host = serving(None, 1024, target="cpu")

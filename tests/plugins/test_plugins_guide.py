@@ -25,9 +25,9 @@ def test_the_c_example_compiles_against_the_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shown", "rows"),
     [
-        ("0.065 / 1.04 | 0.0003 / 0.016 | 19 / 310", ("scout MoE int4, decode 1", "scout MoE int4, decode 64")),
-        ("1.21 | 2.06 | 2,084", ("scout MoE int4, prefill 8k",)),
-        ("8.48 | 2.06 | 2,530", ("maverick MoE int4, prefill 8k",)),
+        ("0.071 / 1.13 | 0.0003 / 0.016 | 21 / 338", ("scout MoE int4, decode 1", "scout MoE int4, decode 64")),
+        ("1.30 | 2.06 | 2,084", ("scout MoE int4, prefill 8k",)),
+        ("9.23 | 2.06 | 2,756", ("maverick MoE int4, prefill 8k",)),
         (
             "0.034 / 2.15 | 0.0002 / 0.011 | 10 / 642",
             ("chunked attention, bf16 cache, decode 1 at 128k", "chunked attention, bf16 cache, decode 64 at 8k"),
