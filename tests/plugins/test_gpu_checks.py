@@ -49,6 +49,17 @@ def test_kernels_equal_their_functions_bodies(
     assert result.error < group.bound
 
 
+def test_types_that_a_library_was_built_without_are_not_measured(
+    make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = HostKernels(make_gpu(sm=90))
+    only = tuple(kernel for kernel in kernels.library.kernels if "fp16" not in kernel.name)
+    monkeypatch.setitem(kernels.library.__dict__, "kernels", only)
+    result = correctness.check(kernels, lambda compute: pytest.fail("made"), GROUPS["MoE plain float16"])
+    assert (result.passed, result.problem) == (True, "not measured: the library was built without --compute fp16")
+    assert not kernels.lacks("bfloat16")
+
+
 @pytest.fixture
 def bench(make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Measures on the stand-in: every call runs once and took a millisecond, in torch two."""
@@ -116,6 +127,7 @@ def test_the_part_of_the_kernels_as_a_whole(
     assert "| pass |" in checked
     assert "| pass |" in plugged
     assert "not slower than torch: met" in timed
+    assert "not measured in 1 rows: onnxruntime: " in timed
     (speed_row,) = found.content["speed"]
     assert speed_row["aims"] == {"80% of copy": False, "not slower than torch": True}
     assert json.loads(json.dumps(part.finite(found.content))) == found.content
