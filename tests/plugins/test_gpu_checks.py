@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.benchmarks.scripts import load
+from tests.plugins import interpreter
 from tests.plugins.host_kernels import HostKernels, HostPluginKernels
 
 cases = load("gpu_cases")
@@ -140,3 +141,49 @@ def test_the_part_of_the_kernels_as_a_whole(
 
 def raising() -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class Nowhere:
+    """A tensor that has a shape and an address, and no memory."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def data_ptr(self) -> int:
+        return 1 << 45
+
+
+def tensors_of(case: Any) -> Any:
+    """What a case's call is made of, as far as the launch code looks at it."""
+    if isinstance(case, cases.MoeCase):
+        here = Nowhere(len(case.chosen))
+        return tensors.MoeTensors(here, here, tensors.Weights(here, here, here, here), here)
+    batch, rotates = len(case.sequences), case.spec.rope
+    query, cache = Nowhere(batch, case.new), Nowhere(batch, 0, case.slots)
+    positions = Nowhere(batch, cases.columns(case.sequences, case.new))
+    table = Nowhere(case.spec.chunk_size) if rotates else None
+    return tensors.AttentionTensors(query, query, query, cache, cache, positions, table, table, query, query, query)
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_the_random_shapes_reach_every_kernel_of_the_library(
+    make_gpu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, sm: int
+) -> None:
+    monkeypatch.setattr(interpreter, "run", lambda *arguments: None)
+    gpu = make_gpu(sm=sm, multiprocessors=132)
+    kernels = load("gpu_library").Kernels(torch, gpu.library.path, "cpu", sm, 132)
+    for group in cases.groups(cases.Scale()):
+        for case in group.cases if group.least_sm <= sm else ():
+            made = tensors_of(case)
+            if isinstance(case, cases.MoeCase):
+                gpu.call(kernels.moe(case.experts, case.spec.compute, made))
+            else:
+                gpu.call(kernels.attention(case.spec, made))
+    launched = {launch.kernel.name for launch in gpu.launches}
+    built = {kernel.name for kernel in gpu.library.kernels if kernel.sm == sm}
+    # On GPUs without warp-group instructions the tiles of INT4's two larger classes are the same, so one is never used.
+    spare = {name for name in built if "int4" in name and name.endswith("_m128")} if sm != 90 else set()
+    assert {name for name in built if name.startswith("moe") or name.endswith("_d128")} - launched <= spare
