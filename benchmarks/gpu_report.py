@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,9 @@ def speed_section(results: Sequence[Timed], limits: Limits, note: str = "") -> S
     """Rows of real shapes; a row that was not run has what it would move and multiply."""
     named = {result.row.name: result for result in results}
     lines: Lines = [(result.row.name, speed_figures(result, limits, named)) for result in results]
-    return Section("Kernels on real shapes", lines, SPEED_COLUMNS, note)
+    reasons = Counter(reason for result in results for reason in result.notes)
+    missing = [f"not measured in {rows} rows: {reason}" for reason, rows in reasons.items()]
+    return Section("Kernels on real shapes", lines, SPEED_COLUMNS, "\n".join(filter(None, [note, *missing])))
 
 
 def speed_figures(result: Timed, limits: Limits, named: Mapping[str, Timed]) -> Figures:

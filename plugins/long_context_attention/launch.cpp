@@ -158,23 +158,26 @@ class Call {
     Status status = prepare(new_key, new_value, sequences);
     if (!status.empty()) return status;
     std::vector<Argument> arguments =
-        pointers({b_.query, b_.present_key, b_.present_value, new_key, new_value, sequences, b_.cos, b_.sin,
-                  b_.key_scale, b_.value_scale, b_.attention, partials.sums, partials.highest, partials.totals});
-    append(arguments, {i32(s_.new_tokens), i64(s_.capacity), i64(chunk()), i32(s_.table_rows), i32(group_of(a_)),
-                       i32(parts), i32(a_.rope), f32(a_.qk_norm_eps), f32(a_.floor_scale), f32(a_.attn_scale)});
+        pointers({b_.attention, b_.present_key, b_.present_value, new_key, new_value, sequences, b_.value_scale,
+                  b_.attention, partials.sums, partials.highest, partials.totals});
+    append(arguments, {i32(s_.new_tokens), i64(s_.capacity), i64(chunk()), i32(group_of(a_)), i32(parts)});
     status = launcher_.launch(kernel, grid(tiles * parts), arguments);
     if (status.empty() && parts > 1) status = combine(partials, parts);
     return status.empty() ? commit(new_key, new_value, sequences) : status;
   }
 
+  // The queries wait where their results will be: a tile of them is read by those alone who write these results.
   Status prepare(void* new_key, void* new_value, void* sequences) {
     const std::string kernel = name("prepare", kv());
     if (!launcher_.has(kernel)) return missing(kernel);
-    std::vector<Argument> arguments = pointers({b_.key, b_.value, b_.positions, b_.cos, b_.sin, b_.key_scale,
-                                                b_.value_scale, new_key, new_value, sequences});
-    append(arguments, {i32(s_.new_tokens), i64(s_.seen_tokens), i64(chunk()), i32(s_.table_rows), i32(a_.rope),
-                       f32(a_.qk_norm_eps)});
-    return launcher_.launch(kernel, grid(ceil_div(s_.new_tokens, launcher_.constant(kernel, "BT"))), arguments);
+    std::vector<Argument> arguments =
+        pointers({b_.query, b_.key, b_.value, b_.positions, b_.cos, b_.sin, b_.key_scale, b_.value_scale, b_.attention,
+                  new_key, new_value, sequences});
+    append(arguments, {i32(s_.new_tokens), i64(s_.seen_tokens), i64(chunk()), i32(s_.table_rows), i32(a_.kv_num_heads),
+                       i32(group_of(a_)), i32(a_.rope), f32(a_.qk_norm_eps), f32(a_.floor_scale), f32(a_.attn_scale)});
+    Grid programs = grid(ceil_div(s_.new_tokens, launcher_.constant(kernel, "BT")));
+    programs.y += static_cast<std::uint32_t>(a_.num_heads);
+    return launcher_.launch(kernel, programs, arguments);
   }
 
   Status commit(void* new_key, void* new_value, void* sequences) {
@@ -296,7 +299,7 @@ Status check(const l4_attention& a) {
   if (a.num_heads < 1 || a.kv_num_heads < 1 || a.num_heads % a.kv_num_heads) {
     return refuse("num_heads must be a multiple of kv_num_heads");
   }
-  if (a.kv_num_heads > kGridMax) return refuse("more than 65535 key/value heads");
+  if (a.num_heads > kGridMax / 2) return refuse("more than 32767 heads");
   if (a.head_dim < 16 || (a.head_dim & (a.head_dim - 1))) return refuse("head_dim must be a power of two from 16 on");
   if (a.chunk_size < 0) return refuse("chunk_size is negative");
   if (!(a.qk_norm_eps >= 0)) return refuse("qk_norm_eps is negative");

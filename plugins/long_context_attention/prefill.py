@@ -15,52 +15,73 @@ WEIGHT_BITS = tl.constexpr(15.0)
 
 @triton.jit
 def prepare(
+    query,  # [B, S, Hk * G * D]
     key,  # [B, S, Hk * D]
     value,
     positions,  # int64 [B, T]
-    cos,
+    cos,  # [table_rows, D/2]
     sin,
-    key_scale,
+    key_scale,  # [Hk, D]
     value_scale,
+    ready,  # as query: the queries as the matrix units take them
     new_key,  # [B, Hk, S, D], as the cache stores them
     new_value,
     sequences,  # int64 [B, 4]: column of the first real new token, how many, position of the first, 0
     new_tokens,  # S
     seen_tokens,  # T
-    chunk,
+    chunk,  # C
     table_rows,
-    rope,
-    qk_norm_eps,
+    heads,  # Hk
+    group,  # G
+    rope,  # 0 or 1
+    qk_norm_eps,  # 0: none
+    floor_scale,
+    attn_scale,  # 0: none
     D: tl.constexpr,
     BT: tl.constexpr,
     BS: tl.constexpr,
     KV: tl.constexpr,
+    HARDWARE_FP8: tl.constexpr,
 ):
-    """Program (i, h, b): the i-th BT new tokens of a key/value head; the first of a sequence also says where it is."""
-    head = tl.program_id(1)
-    heads = tl.num_programs(1)
+    """Program (i, y, b): the i-th BT new tokens of key/value head y, or of query head y - Hk where there is none.
+
+    The first program of a sequence also says where its tokens are.
+    """
+    y = tl.program_id(1)
     batch = tl.program_id(2)
     positions += (batch + 1).to(tl.int64) * seen_tokens - new_tokens
-    if (tl.program_id(0) == 0) & (head == 0):
-        _find_sequence(positions, sequences + batch * 4, new_tokens, BS)
     first = tl.program_id(0) * BT
     lane = tl.arange(0, BT)
     column = tl.arange(0, D)
     there = first + lane < new_tokens
-    source = (batch.to(tl.int64) * new_tokens + first) * heads * D
-    source += (lane * heads + head)[:, None] * D + column[None, :]
-    position = tl.load(positions + first + lane, there, 0)
-    slot = (tl.maximum(position, 0) % chunk).to(tl.int32)
-    k = tl.load(key + source, there[:, None], 0.0)
-    k = rope_and_norm(k.to(tl.float32), cos, sin, slot, rope, table_rows, qk_norm_eps, BT, D).to(k.dtype)
-    v = tl.load(value + source, there[:, None], 0.0)
-    if KV != NONE:
-        of_head = head * D + column[None, :]
-        k = encode(k.to(tl.float32), tl.load(key_scale + of_head), KV)
-        v = encode(v.to(tl.float32), tl.load(value_scale + of_head), KV)
-    to = ((batch * heads + head).to(tl.int64) * new_tokens + first) * D + lane[:, None] * D + column[None, :]
-    tl.store(new_key + to, k, there[:, None])
-    tl.store(new_value + to, v, there[:, None])
+    position = tl.maximum(tl.load(positions + first + lane, there, 0), 0)
+    slot = (position % chunk).to(tl.int32)
+    token0 = batch.to(tl.int64) * new_tokens + first
+    if y < heads:
+        if (tl.program_id(0) == 0) & (y == 0):
+            _find_sequence(positions, sequences + batch * 4, new_tokens, BS)
+        source = token0 * heads * D + (lane * heads + y)[:, None] * D + column[None, :]
+        k = tl.load(key + source, there[:, None], 0.0)
+        k = rope_and_norm(k.to(tl.float32), cos, sin, slot, rope, table_rows, qk_norm_eps, BT, D).to(k.dtype)
+        v = tl.load(value + source, there[:, None], 0.0)
+        if KV != NONE:
+            of_head = y * D + column[None, :]
+            k = encode(k.to(tl.float32), tl.load(key_scale + of_head), KV)
+            v = encode(v.to(tl.float32), tl.load(value_scale + of_head), KV)
+        to = ((batch * heads + y).to(tl.int64) * new_tokens + first) * D + lane[:, None] * D + column[None, :]
+        tl.store(new_key + to, k, there[:, None])
+        tl.store(new_value + to, v, there[:, None])
+    else:
+        head = y - heads
+        at = token0 * heads * group * D + (lane * heads * group + head)[:, None] * D + column[None, :]
+        q = tl.load(query + at, there[:, None], 0.0)
+        dtype: tl.constexpr = q.dtype
+        unit: tl.constexpr = 256.0 if (KV == FP8 and not HARDWARE_FP8) else 1.0
+        q = rope_and_norm(q.to(tl.float32), cos, sin, slot, rope, table_rows, qk_norm_eps, BT, D)
+        if attn_scale > 0:
+            q *= temperature(position, floor_scale, attn_scale)[:, None]
+        q = query_operand(q.to(dtype).to(tl.float32), key_scale, head // group, dtype, KV, unit, D)
+        tl.store(ready + at, q, there[:, None])
 
 
 @triton.jit
@@ -81,30 +102,22 @@ def _find_sequence(positions, sequence, new_tokens, BS: tl.constexpr):
 
 @triton.jit
 def prefill(
-    query,  # [B, S, Hk * G * D]
+    ready,  # [B, S, Hk * G * D], from prepare
     cache_key,  # [B, Hk, M, D]
     cache_value,
     new_key,  # [B, Hk, S, D], from prepare
     new_value,
     sequences,  # int64 [B, 4], from prepare
-    cos,
-    sin,
-    key_scale,
     value_scale,
-    attention,  # [B, S, Hk * G * D], written if splits == 1
+    attention,  # as ready, and in the same place: written if splits == 1
     partial,  # as in decode, written otherwise; rows as those of attention
     partial_max,
     partial_sum,
     new_tokens,  # S
     capacity,
     chunk,
-    table_rows,
     group,
     splits,
-    rope,
-    qk_norm_eps,
-    floor_scale,
-    attn_scale,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -125,8 +138,7 @@ def prefill(
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     batch = tl.program_id(2)
-    dtype: tl.constexpr = query.dtype.element_ty
-    operand: tl.constexpr = dtype if KV == NONE else tl.float16
+    operand: tl.constexpr = ready.dtype.element_ty
     bits: tl.constexpr = WEIGHT_BITS if operand == tl.float16 else 0.0
     unit: tl.constexpr = 256.0 if (KV == FP8 and not HARDWARE_FP8) else 1.0
 
@@ -150,15 +162,7 @@ def prefill(
     line0 = (batch.to(tl.int64) * new_tokens + token0) * heads * group  # of [B * S * Hq] rows
     line = (token - token0) * heads * group + head * group + flat % group
 
-    q = tl.load(query + line0 * D + line[:, None] * D + column[None, :], there[:, None], 0.0).to(tl.float32)
-    q = rope_and_norm(q, cos, sin, (offset + index) % size, rope, table_rows, qk_norm_eps, BM, D)
-    if attn_scale > 0:
-        q *= temperature(position + index, floor_scale, attn_scale)[:, None]
-    q = query_operand(q.to(dtype).to(tl.float32), key_scale, head, dtype, KV, unit, D)
-    ready = attention.to(tl.pointer_type(operand)) + line0 * D + line[:, None] * D + column[None, :]
-    tl.store(ready, q, there[:, None])
-    tl.debug_barrier()
-    q = tl.load(ready, there[:, None], 0.0)
+    q = tl.load(ready + line0 * D + line[:, None] * D + column[None, :], there[:, None], 0.0)
 
     # What a row sees: of the cache slots [0, row_past), of the new tokens [row_from, row_end).
     segment = (offset + index) // size
@@ -210,7 +214,11 @@ def prefill(
             acc *= (tl.load(value_scale + head * D + column) * unit)[None, :]
         seen_any = real & (total > 0)
         result = tl.where(seen_any[:, None], acc / tl.where(seen_any, total, 1.0)[:, None], 0.0)
-        tl.store(attention + line0 * D + line[:, None] * D + column[None, :], result.to(dtype), there[:, None])
+        tl.store(
+            attention + line0 * D + line[:, None] * D + column[None, :],
+            result.to(attention.dtype.element_ty),
+            there[:, None],
+        )
     else:
         out = (line0 + line) * splits + split
         filled = real & (total > 0)

@@ -101,25 +101,32 @@ def _combine(compute: str, head_dim: int) -> Variant:
     )
 
 
+def _operand(compute: str, kv: str) -> str:
+    """What queries are multiplied as: codes are numbers of float16."""
+    return compute if kv == "none" else "fp16"
+
+
 def _prepare(compute: str, kv: str, head_dim: int) -> Variant:
     code, stored = KV[kv]
     return Variant(
         name=f"attention_prepare_{compute}_{kv}_d{head_dim}",
         kernel="prepare",
         signature={
-            **_pointers(compute, "key value"),
+            **_pointers(compute, "query key value"),
             "positions": "*i64",
             **_pointers("fp32", "cos sin key_scale value_scale"),
+            "ready": f"*{_operand(compute, kv)}",
             **_pointers(stored or compute, "new_key new_value"),
             "sequences": "*i64",
             **_integers("new_tokens"),
             **dict.fromkeys(("seen_tokens", "chunk"), "i64"),
-            **_integers("table_rows rope"),
-            **_floats("qk_norm_eps"),
+            **_integers("table_rows heads group rope"),
+            **_floats("qk_norm_eps floor_scale attn_scale"),
         },
-        constants={"D": head_dim, "BT": 16, "BS": 1024, "KV": code},
+        constants={"D": head_dim, "BT": 16, "BS": 1024, "KV": code, "HARDWARE_FP8": True},
         num_warps=4,
         num_stages=2,
+        per_sm={80: Tuning({"HARDWARE_FP8": False})},
     )
 
 
@@ -129,16 +136,15 @@ def _prefill(compute: str, kv: str, head_dim: int) -> Variant:
         name=f"attention_prefill_{compute}_{kv}_d{head_dim}",
         kernel="prefill",
         signature={
-            "query": f"*{compute}",
+            "ready": f"*{_operand(compute, kv)}",
             **_pointers(stored or compute, "cache_key cache_value new_key new_value"),
             "sequences": "*i64",
-            **_pointers("fp32", "cos sin key_scale value_scale"),
+            "value_scale": "*fp32",
             "attention": f"*{compute}",
             **_pointers("fp32", "partial partial_max partial_sum"),
             **_integers("new_tokens"),
             **dict.fromkeys(("capacity", "chunk"), "i64"),
-            **_integers("table_rows group splits rope"),
-            **_floats("qk_norm_eps floor_scale attn_scale"),
+            **_integers("group splits"),
         },
         constants={
             "D": head_dim,

@@ -102,6 +102,9 @@ def test_real_sizes_and_times() -> None:
     million = by_name["global attention, bf16 cache, decode 1 at 1M"]
     assert million.work.read == pytest.approx(2 * 8 * 128 * 2 * 1048576, rel=1e-4)
     assert by_name["global attention, bf16 cache, decode 64 at 1M"].memory > 274e9
+    longest = by_name["global attention, bf16 cache, decode 1 at 10M"]
+    assert longest.slots * 8 * 128 > 1 << 31
+    assert longest.memory < 80e9
     prefill = by_name["chunked attention, bf16 cache, prefill 8k"].work
     assert prefill.bound(H100) == "matrix"
     assert prefill.flops == pytest.approx(4 * 40 * 128 * 8192**2 / 2, rel=1e-3)
