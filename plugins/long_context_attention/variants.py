@@ -159,6 +159,7 @@ def _prefill(compute: str, kv: str, head_dim: int) -> Variant:
         num_stages=2,
         per_sm={
             80: Tuning({"HARDWARE_FP8": False}, num_stages=3),
+            89: Tuning(num_stages=3),
             90: Tuning({"BN": _small(head_dim, 128), "MASK_ALL": False}, num_stages=3),
             100: Tuning({"BN": _small(head_dim, 128), "MASK_ALL": False}, num_stages=2),
         },

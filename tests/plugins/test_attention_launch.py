@@ -60,7 +60,7 @@ def test_parts_follow_the_context(planner):
     parts = [plan(planner, FAR, shape(1, 1, seen))[0].grid[0] for seen in contexts]
     assert parts[0] == 1
     assert all(fewer <= more for fewer, more in pairwise(parts))
-    assert parts[-1] == 1024  # what combine reads is one part in 3,000 of what decode reads
+    assert parts[-1] == 1024  # what combine reads is one part in 2,000 of what decode reads
     chunked = [plan(planner, SCOUT, shape(1, 1, seen, 8192))[0].grid[0] for seen in contexts[2:]]
     assert set(chunked) == {parts[2]}
 
