@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     rows = [row for row in ROWS if options.only in row.name]
     print(f"{hardware.summary}: limits as published, nothing is measured\n")
-    print(planned_section(rows, limits, hardware.memory_bytes, "").markdown())
+    print(planned_section(rows, limits, hardware.memory_bytes).markdown())
     return 0
 
 
