@@ -20,7 +20,7 @@ Compute = Literal["bfloat16", "float16"]
 LAST_POSITION = 10_485_759  # of Scout
 # Relative errors. The first is issue 6's for bfloat16; float16 and quantized caches are held to the same. Where
 # activations are rounded to FP8, one whose exact value lies between two of its steps may go to either, 6 % apart.
-LARGEST_ERROR, LARGEST_FP8_ERROR = 1e-2, 3e-2
+LARGEST_ERROR, LARGEST_FP8_ERROR = 1e-2, 5e-2
 
 
 @dataclass(frozen=True)

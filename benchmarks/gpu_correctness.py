@@ -50,6 +50,8 @@ def check(kernels: Kernels, maker: Callable[[str], Maker], group: Group) -> Chec
     """
     if kernels.sm < group.least_sm:
         return Checked(group.name, problem=f"not measured: needs SM {group.least_sm}", measured=False)
+    if lack := kernels.lacks(group.cases[0].spec.compute):
+        return Checked(group.name, problem=f"not measured: {lack}", measured=False)
     done = Checked(group.name, bound=group.bound)
     for case in group.cases:
         try:

@@ -87,6 +87,8 @@ def measure(gpu: Gpu, plugins: Path | None, only: str, seed: int) -> Part:
         return unmeasured(f"torch {torch.__version__} does not see the GPU: it needs a build with CUDA")
     sm = int("".join(map(str, capability(gpu))))
     try:
+        if plugins is None:
+            say(f"... building the library for SM {sm}")
         library = plugins or build_for(sm)
         properties = torch.cuda.get_device_properties(0)
         torch.empty(1, device="cuda")  # makes its context the current one
@@ -171,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     rows = [row for row in ROWS if options.only in row.name]
     print(f"{hardware.summary}: limits as published, nothing is measured\n")
-    print(planned_section(rows, limits, hardware.memory_bytes, "").markdown())
+    print(planned_section(rows, limits, hardware.memory_bytes).markdown())
     return 0
 
 

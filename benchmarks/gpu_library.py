@@ -18,7 +18,7 @@ from l4convert.plugins.long_context_attention.definition import AttentionSpec
 
 HERE = Path(__file__).resolve().parent
 BUILT = HERE.parent / "build" / "plugins"
-FLOATS = {"bfloat16": native.FLOATS["bf16"], "float16": native.FLOATS["fp16"]}
+SHORT = {"bfloat16": "bf16", "float16": "fp16"}  # as the names of kernels have it
 MISSING = 5  # exit code of the command where a tool that it needs is not installed
 POISON = 0xFF  # scratch memory starts as NaN in every type
 
@@ -77,6 +77,13 @@ class Kernels:
         for op in ("moe", "long_context_attention"):
             self.library.preload(op)
 
+    def lacks(self, compute: str) -> str:
+        """Why there are no kernels for a type of activations in this library; nothing where there are some."""
+        short = SHORT[compute]
+        if any(short in kernel.name.split("_") for kernel in self.library.kernels):
+            return ""
+        return f"the library was built without --compute {short}"
+
     def synchronize(self) -> None:
         """Wait until everything is written."""
         if self.device == "cuda":
@@ -89,8 +96,8 @@ class Kernels:
             Refused: There is no kernel for it.
         """
         moe = native.Moe(
-            experts.num_experts, experts.hidden_size, experts.intermediate_size, experts.top_k, FLOATS[compute],
-            native.WEIGHTS[experts.weights], experts.block, experts.block,
+            experts.num_experts, experts.hidden_size, experts.intermediate_size, experts.top_k,
+            native.FLOATS[SHORT[compute]], native.WEIGHTS[experts.weights], experts.block, experts.block,
         )  # fmt: skip
         tokens, weights = len(tensors.x), tensors.weights
         workspace = self._scratch(lambda: self.library.moe_workspace(moe, tokens))
@@ -109,7 +116,7 @@ class Kernels:
         """
         attention = native.Attention(
             spec.num_heads, spec.kv_num_heads, spec.head_dim, spec.chunk_size, int(spec.rope), spec.qk_norm_eps,
-            spec.floor_scale, spec.attn_scale, FLOATS[spec.compute], native.KV_DTYPES[spec.kv_dtype],
+            spec.floor_scale, spec.attn_scale, native.FLOATS[SHORT[spec.compute]], native.KV_DTYPES[spec.kv_dtype],
         )  # fmt: skip
         batch, new = tensors.query.shape[:2]
         rows = 0 if tensors.cos is None else len(tensors.cos)

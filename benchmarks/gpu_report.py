@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,9 @@ def speed_section(results: Sequence[Timed], limits: Limits, note: str = "") -> S
     """Rows of real shapes; a row that was not run has what it would move and multiply."""
     named = {result.row.name: result for result in results}
     lines: Lines = [(result.row.name, speed_figures(result, limits, named)) for result in results]
-    return Section("Kernels on real shapes", lines, SPEED_COLUMNS, note)
+    reasons = Counter(reason for result in results for reason in result.notes)
+    missing = [f"not measured in {rows} rows: {reason}" for reason, rows in reasons.items()]
+    return Section("Kernels on real shapes", lines, SPEED_COLUMNS, "\n".join(filter(None, [note, *missing])))
 
 
 def speed_figures(result: Timed, limits: Limits, named: Mapping[str, Timed]) -> Figures:
@@ -95,13 +98,15 @@ def aim_text(found: Mapping[str, bool | None]) -> str:
     return "; ".join(f"{name}: {words[met]}" for name, met in found.items())
 
 
-def planned_section(rows: Sequence[Row], limits: Limits, memory: int | None, problem: str) -> Section:
+def planned_section(rows: Sequence[Row], limits: Limits, memory: int | None) -> Section:
     """The rows without a GPU; those that a GPU of this memory cannot hold say so."""
-    planned = []
+    lines: Lines = []
     for row in rows:
-        fits = memory is None or row.memory <= memory
-        planned.append(Timed(row, problem=problem if fits else f"not measured: needs {row.memory / 1e9:.0f} GB"))
-    return speed_section(planned, limits)
+        work, fits = row.work, memory is None or row.memory <= memory
+        least = {"at least us": work.seconds(limits) * 1e6, "bound by": work.bound(limits)}
+        figures = {"GB": work.moved / 1e9, "TFLOP": work.flops / 1e12, **least, "needs GB": row.memory / 1e9}
+        lines.append((row.name, {**figures, "remark": "" if fits else "does not fit"}))
+    return Section("Kernels on real shapes", lines)
 
 
 def correctness_json(results: Sequence[Checked]) -> list[dict[str, Any]]:

@@ -136,6 +136,8 @@ def _attention_rows() -> Iterator[AttentionRow]:
             for label, context in CONTEXTS.items():
                 for batch in BATCHES:
                     yield AttentionRow(f"{name}, decode {batch} at {label}", layer, batch, 1, context)
+            if not chunk:  # more than 2**31 numbers in either cache
+                yield AttentionRow(f"{name}, decode 1 at 10M", layer, 1, 1, SCOUT.max_position_embeddings)
             yield AttentionRow(f"{name}, prefill 8k", layer, 1, 8 * K, 8 * K)
             # Chunked: four chunks in one call. Global: new tokens after a long past.
             further = ("32k, four chunks", 32 * K, 32 * K) if chunk else ("8k after 120k", 8 * K, 128 * K)

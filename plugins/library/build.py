@@ -177,11 +177,16 @@ def _run(command: Sequence[str], work: Path) -> None:
     if done.returncode == 0:
         return
     log = work / "log.txt"
-    text = done.stdout + done.stderr
+    text = done.stderr + done.stdout  # CMake complains on the one, Ninja shows what compilers said on the other
     log.write_text(text)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "it said nothing")
-    raise InputError(f"the C++ build failed: {first}", hint=f"all that it said: {log}")
+    raise InputError(f"the C++ build failed: {_first_error(text)}", hint=f"all that it said: {log}")
+
+
+def _first_error(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"]
+    at = next((number for number, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+    # CMake says where on the first line, and what on the next.
+    return " ".join(lines[at : at + 2]) if lines[at].startswith("CMake Error") else lines[at]
 
 
 def _install(made: Path, to: Path) -> None:

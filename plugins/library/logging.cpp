@@ -11,6 +11,7 @@ namespace {
 std::atomic<nvinfer1::ILoggerFinder*> finder_in_use{nullptr};
 
 nvinfer1::ILogger* find_logger() {
+  if (!tensorrt_fits()) return nullptr;
   if (nvinfer1::ILoggerFinder* finder = finder_in_use.load()) {
     if (nvinfer1::ILogger* logger = finder->findLogger()) return logger;
   }

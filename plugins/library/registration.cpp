@@ -48,6 +48,12 @@ __attribute__((constructor)) void register_when_opened() {
     if (asked != nullptr && std::strcmp(asked, "0") == 0) return 0;
     void* get = tensorrt_function("getPluginRegistry");
     if (get == nullptr || called_from_object_of(get)) return 0;
+    if (!tensorrt_fits()) {
+      report(nvinfer1::ILogger::Severity::kWARNING,
+             "plugins are not registered: this library was built for TensorRT " + std::to_string(NV_TENSORRT_MAJOR) +
+                 ", and another major number of it is here; set TENSORRT_ROOT and build it again");
+      return 0;
+    }
     nvinfer1::IPluginRegistry* registry = reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(get)();
     return registry == nullptr ? 0 : register_all(*registry);
   });

@@ -1,11 +1,12 @@
 #include "tensorrt_library.h"
 
+#include <NvInferVersion.h>
 #include <dlfcn.h>
 #include <link.h>
 #include <unwind.h>
 
+#include <cstdint>
 #include <cstring>
-#include <string>
 
 namespace l4convert {
 namespace {
@@ -54,6 +55,12 @@ void* tensorrt_function(const char* name) noexcept {
   Search search{name, nullptr};
   dl_iterate_phdr(look_into, &search);
   return search.found;
+}
+
+bool tensorrt_fits() noexcept {
+  // major * 10000 + minor * 100 + patch
+  auto version = reinterpret_cast<std::int32_t (*)()>(tensorrt_function("getInferLibVersion"));
+  return version == nullptr || version() / 10000 == NV_TENSORRT_MAJOR;
 }
 
 bool called_from_object_of(const void* address) noexcept {

@@ -135,7 +135,8 @@ class Call {
       if (tokens_ <= rows || (name != names.front() && !filled)) break;
     }
     tile_ = classes_.back().rows;
-    if (classes_.size() > 2) {  // what full tiles leave of an expert's rows fits the class below; a third launch costs more
+    // What full tiles leave of an expert's rows fits the class below; a third launch would cost more than it saves.
+    if (classes_.size() > 2) {
       classes_.erase(classes_.begin());
       classes_.front().above = 0;
     }

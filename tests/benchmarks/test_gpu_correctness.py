@@ -53,6 +53,9 @@ class Answers:
     def synchronize(self) -> None:
         pass
 
+    def lacks(self, compute: str) -> str:
+        return ""
+
     def moe(self, experts: Any, compute: str, call: Any) -> Callable[[], None]:
         group = GROUPS["MoE int4 block 32 bfloat16"]
         (spec,) = [case.spec for case in group.cases if case.experts == experts]
@@ -116,7 +119,8 @@ def test_what_a_device_does_not_have_is_not_measured_and_what_is_refused_fails()
     def refuse(*arguments: Any) -> Any:
         raise library.Refused("no kernel")
 
-    found = correctness.check(SimpleNamespace(sm=90, moe=refuse), maker, GROUPS["MoE fp8 bfloat16"])
+    kernels = SimpleNamespace(sm=90, moe=refuse, lacks=lambda compute: "")
+    found = correctness.check(kernels, maker, GROUPS["MoE fp8 bfloat16"])
     assert (found.passed, found.problem) == (False, "refused: no kernel")
 
 

@@ -178,6 +178,45 @@ def test_times_are_medians_of_replays_over_their_calls() -> None:
     assert clock.replays == timing.WARM + timing.REPLAYS
 
 
+class OnHost:
+    """torch, with its GPU in the host's memory and a clock by which every call takes a second."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.cuda = Clock()
+        self.cuda.mem_get_info = lambda: (1 << 20, 1 << 20)
+        self.cuda.get_device_capability = lambda: capability
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in {"empty", "randn", "ones"}:
+            return found
+
+        def on_host(*sizes: int, device: str, **options: Any) -> Any:
+            assert device == "cuda"
+            return found(*sizes, **options)
+
+        return on_host
+
+
+@pytest.mark.parametrize(("capability", "rates"), [((9, 0), {"bf16", "fp8"}), ((8, 0), {"bf16"})])
+def test_limits_of_a_machine(capability: tuple[int, int], rates: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    host = OnHost(capability)
+    calls = []
+
+    def timed(_: Any, work: Any, estimate: float) -> float:
+        calls.append(work[0]())
+        return 2.0
+
+    monkeypatch.setattr(timing, "timed", timed)
+    monkeypatch.setattr(timing, "SQUARE", 64)
+    limits, measured = timing.machine_limits(host)
+    assert set(limits.flops) == rates
+    assert limits.bandwidth == measured["copy bytes/s"] == 2 * (1 << 18) / 2.0  # a quarter of what is free, both ways
+    assert measured["read bytes/s (torch.sum)"] == (1 << 18) / 2.0
+    assert limits.flops["bf16"] == 2 * 64**3 / 2.0
+    assert [product.shape for product in calls[2:]] == [(64, 64)] * len(rates)
+
+
 def test_graphs_are_long_enough_and_go_past_the_cache() -> None:
     assert timing.sets_needed(33_000_000, 50 << 20) == 7
     assert timing.sets_needed(1 << 30, 50 << 20) == 1

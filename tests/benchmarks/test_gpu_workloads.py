@@ -102,6 +102,9 @@ def test_real_sizes_and_times() -> None:
     million = by_name["global attention, bf16 cache, decode 1 at 1M"]
     assert million.work.read == pytest.approx(2 * 8 * 128 * 2 * 1048576, rel=1e-4)
     assert by_name["global attention, bf16 cache, decode 64 at 1M"].memory > 274e9
+    longest = by_name["global attention, bf16 cache, decode 1 at 10M"]
+    assert longest.slots * 8 * 128 > 1 << 31
+    assert longest.memory < 80e9
     prefill = by_name["chunked attention, bf16 cache, prefill 8k"].work
     assert prefill.bound(H100) == "matrix"
     assert prefill.flops == pytest.approx(4 * 40 * 128 * 8192**2 / 2, rel=1e-3)
@@ -121,9 +124,12 @@ def test_a_dry_run_prints_every_row_without_a_gpu(capsys: pytest.CaptureFixture[
     assert len(lines) == 2 + len(workloads.ROWS)
     assert len({line.count("|") for line in lines}) == 1
     (row,) = [line for line in lines if line.startswith("| scout MoE int4, decode 64 |")]
-    assert row.split(" | ")[1:4] == ["1.1338", "0.01611", "338.44"]
-    (huge,) = [line for line in lines if "global attention, fp8 cache, decode 64 at 1M" in line]
-    assert "not measured: needs" in huge
+    assert row.split(" | ")[1:6] == ["1.1338", "0.01611", "338.44", "memory", "1.1372"]
+    unfit = [line for line in lines if line.endswith("| does not fit |")]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in unfit] == [
+        "global attention, bf16 cache, decode 64 at 1M",
+        "global attention, fp8 cache, decode 64 at 1M",
+    ]
 
 
 def test_the_readmes_tables(capsys: pytest.CaptureFixture[str]) -> None:

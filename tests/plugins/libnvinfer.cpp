@@ -2,7 +2,7 @@
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -83,6 +83,10 @@ Logger logger;
 }  // namespace
 
 extern "C" nvinfer1::IPluginRegistry* getPluginRegistry() noexcept { return &registry; }
+extern "C" std::int32_t getInferLibVersion() noexcept {
+  const char* asked = std::getenv("STAND_IN_VERSION");
+  return asked == nullptr ? NV_TENSORRT_VERSION : std::atoi(asked);
+}
 extern "C" nvinfer1::ILogger* getLogger() noexcept { return &logger; }
 
 // For the tests.

@@ -7,6 +7,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,15 @@ def test_every_method_keeps_the_contract(interpreted_library: native.Library) ->
     counts = Counter(check["name"] for check in report["checks"])
     assert Counter(counts.values()) == {CASES: 19, 1: 3}
     assert counts["serialize, create again, equal"] == CASES
+
+
+def test_the_library_of_five_gpus_keeps_it_too(built_library: Path) -> None:
+    """That one is for bfloat16 only: nothing is asked of it for float16."""
+    report = check_library(built_library)
+    assert [check for check in report["checks"] if not check["ok"]] == []
+    subjects = {check["subject"] for check in report["checks"]}
+    assert {"INT4 experts, blocks of 128", "FP8 experts", "chunked layer, FP8 caches"} <= subjects
+    assert not any("float16" in subject for subject in subjects)
 
 
 def test_a_library_without_kernels_fails_and_says_what_builds_them(demo_library: native.Library) -> None:

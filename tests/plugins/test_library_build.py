@@ -200,6 +200,31 @@ def test_a_missing_program_is_named_with_its_install_command(tmp_path, monkeypat
         tools.find_tools()
 
 
+def test_what_a_compiler_says_is_shown_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/bin/false")
+    options = BuildOptions(tmp_path, ops=DEMO, head_dims=(32,), cache=tmp_path / "cache", placeholders=True)
+    with pytest.raises(InputError, match=r"^the C\+\+ build failed: CMake Error at .*compiler") as caught:
+        build.build(options)
+    assert "/bin/false" in Path(caught.value.hint.rpartition(": ")[2]).read_text()
+    assert not (tmp_path / build.LIBRARY).exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        (
+            "-- looking\nCMake Error at CMakeLists.txt:6 (x):\n  CMake 3.22 or higher is required.\n",
+            "6 (x): CMake 3.22",
+        ),
+        ("[1/2] a.cpp\na.cpp:3:1: error: expected ;\nninja: failed\n", "a.cpp:3:1: error: expected ;"),
+        ("ninja: stopped", "ninja: stopped"),
+        ("", "it said nothing"),
+    ],
+)
+def test_the_first_error_of_a_build(said, first):
+    assert first in build._first_error(said)
+
+
 def test_a_missing_triton_is_named_with_its_install_command(tmp_path, monkeypatch):
     from importlib.metadata import PackageNotFoundError
 

@@ -42,11 +42,11 @@ def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _run(tensorrt: Path | None, library: native.Library, ways: str, **environment: str) -> list[str]:
+def _run(tensorrt: Path | None, library: native.Library, ways: str, said: str = "", **environment: str) -> list[str]:
     command = [sys.executable, "-c", SCRIPT, str(tensorrt or ""), str(library.path.resolve()), ways]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
-    assert not done.stderr
+    assert done.stderr == said
     return done.stdout.splitlines()
 
 
@@ -73,3 +73,13 @@ def test_it_can_be_told_not_to(tensorrt: Path, interpreted_library: native.Libra
 
 def test_without_tensorrt_nothing_happens(interpreted_library: native.Library) -> None:
     assert _run(None, interpreted_library, "open") == []
+
+
+def test_another_major_number_of_tensorrt_is_not_called(tensorrt: Path, interpreted_library: native.Library) -> None:
+    """Its registry and logger have other methods in the same places; its plugins are the same."""
+    other = {"STAND_IN_VERSION": "990100"}
+    library = interpreted_library
+    warning = "l4convert: plugins are not registered: this library was built for TensorRT 10, and another major number"
+    warning += " of it is here; set TENSORRT_ROOT and build it again\n"
+    assert _run(tensorrt, library, "open", warning, **other) == ["registered 0"]
+    assert _run(tensorrt, library, "load", f"l4convert: {SAID}\n", **other) == ["loaded 1", "registered 2", ""]

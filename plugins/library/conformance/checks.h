@@ -6,7 +6,8 @@
 
 namespace l4convert::conformance {
 
-// Runs all checks on a library. Attention is checked with the first of these head sizes that the library has.
+// Runs all checks on a library. Attention is checked with the first of some head sizes that the library has, and both
+// ops with the types of activations that it has kernels for.
 Report check_library(const std::string& path);
 
 // creation.cpp: fields taken and refused, serialization, clones. False where no plugin can be made at all.
