@@ -16,7 +16,7 @@ Constant = int | float | bool | str
 # What a library is built for when nothing else is asked: A100, RTX 40 and L40, H100, B200, RTX 50.
 DEFAULT_SMS = (80, 89, 90, 100, 120)
 DEFAULT_HEAD_DIMS = (128,)
-# The types that activations may have.
+# The types that activations may have (in this order: see Variant.compute).
 COMPUTES = ("bf16", "fp16")
 # Compute capabilities that the ptxas of Triton 3.6 has an architecture for, from A100 on.
 KNOWN_SMS = (80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
@@ -73,6 +73,14 @@ class Variant:
     per_sm: Mapping[int, Tuning] = field(default_factory=dict)
     max_registers: int | None = None
 
+    @property
+    def compute(self) -> str | None:
+        """The type of its activations; None where it touches none.
+
+        Kernels for bfloat16 may keep codes of quantized caches as float16 numbers on their way; never the other way.
+        """
+        return next((compute for compute in COMPUTES if f"*{compute}" in self.signature.values()), None)
+
     def at(self, sm: int) -> Variant:
         """The variant as it is compiled for one SM: nothing left that depends on it."""
         tuning = self.per_sm.get(sm) or self.per_sm.get(RELATIVE.get(sm, sm)) or Tuning()
@@ -96,12 +104,11 @@ def gather(
         ops: The ops and their packages.
         computes: Types of activations, of :data:`COMPUTES`; kernels that touch none of them are always there.
     """
-    left_out = {f"*{compute}" for compute in COMPUTES if compute not in computes}
     found = {
         op: tuple(
             variant
             for variant in importlib.import_module(f"{package}.variants").variants(head_dims=tuple(head_dims))
-            if not left_out & {*variant.signature.values()}
+            if variant.compute is None or variant.compute in computes
         )
         for op, package in ops.items()
     }
