@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from l4convert.errors import InputError, UsageError
-from l4convert.plugins.library.compile import Compiled, Job, compile_all, is_cached, jobs_of
+from l4convert.plugins.library.compile import Compiled, Job, compile_all, jobs_of, missing_of
 from l4convert.plugins.library.resources import Resources
 from l4convert.plugins.library.tables import write_sources
 from l4convert.plugins.library.tools import Tools, find_tools
@@ -109,7 +109,7 @@ def plan(options: BuildOptions) -> list[Job]:
 
 def missing(options: BuildOptions, jobs: Sequence[Job]) -> list[Job]:
     """Those of ``jobs`` that would be compiled."""
-    return [job for job in jobs if not is_cached(job, options.cubins)]
+    return missing_of(jobs, options.cubins)
 
 
 def build(options: BuildOptions, progress: Progress = NO_PROGRESS) -> Built:

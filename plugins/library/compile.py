@@ -91,7 +91,7 @@ def compile_all(jobs: Sequence[Job], cache_dir: Path, workers: int, progress: Pr
         InputError: The compiler refused a kernel, or it needs more than its SM has.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in jobs if not is_cached(job, cache_dir)]
+    missing = missing_of(jobs, cache_dir)
     if missing:
         _compile_missing(missing, cache_dir, min(workers, len(missing)), progress)
     return [_read(job, cache_dir) for job in jobs]
@@ -107,6 +107,12 @@ def triton_version() -> str:
         return version("triton")
     except PackageNotFoundError:
         raise backend_missing("triton") from None
+
+
+def missing_of(jobs: Sequence[Job], cache_dir: Path) -> list[Job]:
+    """What has to be compiled: the jobs that the cache has no result of, each kernel once."""
+    different = {_key(job): job for job in jobs}
+    return [job for job in different.values() if not is_cached(job, cache_dir)]
 
 
 def is_cached(job: Job, cache_dir: Path) -> bool:
@@ -155,6 +161,7 @@ def _is_module(name: str) -> bool:
 
 def _key(job: Job) -> str:
     variant = {**asdict(job.variant), "divisible": sorted(job.variant.divisible)}
+    del variant["name"]  # two variants may be one kernel on some SM
     # The order of a signature is the order of the parameters, so it is part of the key.
     text = json.dumps([FORMAT, triton_version(), source_digest(f"{job.package}.kernels"), job.sm, variant])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -102,6 +102,14 @@ def test_what_changes_a_kernel_changes_its_place_in_the_cache(tmp_path):
     assert len({compiling._key(one) for one in [job, *changed]}) == 6
 
 
+def test_two_names_of_one_kernel_are_compiled_once(tmp_path):
+    variant = variants.gather((32,), DEMO)["demo"][0]
+    jobs = [
+        compiling.Job("demo", DEMO["demo"], dataclasses.replace(variant.at(80), name=name), 80) for name in ("a", "b")
+    ]
+    assert len(compiling.missing_of(jobs, tmp_path)) == 1
+
+
 def test_a_digest_covers_the_files_that_a_kernel_file_imports(tmp_path, monkeypatch):
     package = tmp_path / "kernels_of_a_test"
     package.mkdir()
