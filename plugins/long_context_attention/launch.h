@@ -21,7 +21,8 @@ struct l4_attention_shape {
 };
 
 // Device memory, aligned to 16 bytes (the workspace to 256). Tables are null without rope, scales without a quantized
-// cache. Caches are written in place: where present differs from past, enqueue copies the whole past there first.
+// cache. Caches are written in place: where present differs from past, enqueue copies the whole past there first. No other
+// two buffers may overlap; attention holds the prepared queries until the results are written.
 struct l4_attention_buffers {
   const void *query, *key, *value, *past_key, *past_value, *positions, *cos, *sin, *key_scale, *value_scale;
   void *attention, *present_key, *present_value, *workspace;

@@ -43,7 +43,7 @@ def test_decode_issues_its_instructions_while_the_bytes_arrive(kv_dtype, bound):
 
 @pytest.mark.parametrize("kv_dtype", ["none", "fp8", "int8"])
 def test_prefill_keeps_the_tensor_cores_going(kv_dtype):
-    """128 queries and keys: a warpgroup's 64 rows are 8 products of 64 x 128 x 16 for the scores, and 8 for the values.
+    """128 queries, 128 keys: a warpgroup's 64 rows are 8 products of 64 x 128 x 16 for the scores, 8 for the values.
 
     Where the compiler cannot overlap them with anything it puts a WARPGROUP.ARRIVE before every single one.
     """
