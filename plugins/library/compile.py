@@ -7,6 +7,7 @@ it reaches the caller, and as many as there are cores.
 from __future__ import annotations
 
 import ast
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +31,7 @@ from l4convert.progress import NO_PROGRESS, Progress
 
 # Changes whenever a cached cubin of an earlier version of this file must not be used any more.
 FORMAT = 2
+ADDR_NO_RANDOMIZE = 0x0040000  # Linux's sys/personality.h; inherited by the programs that a process starts
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,10 @@ def _result(done: Future[str | None], job: Job) -> None:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends the workers
     os.environ.pop("TRITON_INTERPRET", None)
+    # ptxas chooses between equal registers by the addresses of its own data. Where they are not randomised, the same
+    # source gives the same bytes; some containers do not allow that, and a kernel in hundreds differs there.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE)
 
 
 def _compile(job: Job, cache_dir: Path) -> str | None:
