@@ -55,14 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found.devices:
         return 5
     gpu = found.devices[0]
-    parts = {}
-    if options.part != "engines":
-        parts["kernels"] = gpu_kernels.measure(gpu, options.plugins, options.only, options.seed)
-    if options.part != "kernels":
-        parts["engines"] = engines(gpu, options.work, options.tokens, options.only)
-    print("\n" + "\n\n".join(section.markdown() for part in parts.values() for section in part.sections))
+    options.results.mkdir(parents=True, exist_ok=True)
     file = options.results / f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}-gpu-{slug(gpu.name)}.json"
-    file.write_text(json.dumps(content(gpu, found.driver, parts), indent=2, allow_nan=False) + "\n")
+    measure = {
+        "kernels": lambda: gpu_kernels.measure(gpu, options.plugins, options.only, options.seed),
+        "engines": lambda: engines(gpu, options.work, options.tokens, options.only),
+    }
+    parts: dict[str, Part] = {}
+    for name in [options.part] if options.part else measure:
+        parts[name] = measure[name]()
+        print("\n" + "\n\n".join(section.markdown() for section in parts[name].sections), flush=True)
+        # What was measured stays if the next part is cut short.
+        file.write_text(json.dumps(content(gpu, found.driver, parts), indent=2, allow_nan=False) + "\n")
     print(f"\n{file}")
     return exit_code(list(parts.values()))
 

@@ -100,17 +100,17 @@ class TorchMoe:
         scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / 448.0
         codes = (rows / scale).to(torch.float8_e4m3fn)
         return torch._scaled_mm(  # noqa: SLF001 - torch has no public name for it
-            codes, matrix.codes.t(), scale_a=scale, scale_b=matrix.scale, out_dtype=rows.dtype
+            codes, matrix.codes.t(), scale_a=scale, scale_b=matrix.scale, out_dtype=rows.dtype, use_fast_accum=True
         )
 
 
 def can_scale(torch: Any, device: str) -> bool:
     """Whether FP8 products with a scale a row and a column run here: some GPUs and versions of torch refuse them."""
-    codes = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
-    scale = torch.ones(32, 1, device=device)
     try:
+        codes = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
+        scale = torch.ones(32, 1, device=device)
         torch._scaled_mm(  # noqa: SLF001 - likewise
-            codes, codes.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16
+            codes, codes.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
         )
     except (RuntimeError, ValueError):
         return False

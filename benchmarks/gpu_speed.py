@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from gpu_library import Kernels
-from gpu_onnxruntime import NotHere, Session, attention_seconds, gqa_model, moe_seconds, qmoe_model
+from gpu_onnxruntime import NotHere, Session, attention_seconds, cuda_runtime, gqa_model, moe_seconds, qmoe_model
 from gpu_peers import ATTN_SCALE, EPS, FLOOR_SCALE, TorchAttention, TorchMoe, can_scale
 from gpu_tensors import AttentionTensors, Maker, Weights
 from gpu_timing import sets_needed, timed
@@ -120,7 +121,8 @@ class Bench:
         except Exception as error:  # the table is to have every row
             return Timed(row, problem=f"failed: {type(error).__name__}: {one_line(error)}", failed=True)
         finally:
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after a kernel that faulted, every call fails
+                torch.cuda.empty_cache()
 
     def _moe(self, row: MoeRow) -> Timed:
         torch = self.torch
@@ -179,6 +181,7 @@ class Bench:
     def _session(self, model: Callable[[], Any]) -> Session | str:
         """ONNX Runtime with a model, or why there is none."""
         try:
+            cuda_runtime()  # before a model of gigabytes is made for nothing
             return Session(self.torch, model())
         except NotHere as reason:
             return str(reason)

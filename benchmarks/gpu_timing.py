@@ -112,5 +112,5 @@ def _fp8_product(torch: Any) -> Call:
     a, b = (torch.randn(SQUARE, SQUARE, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
     return lambda: torch._scaled_mm(  # noqa: SLF001 - torch has no public name for it
-        a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
     )

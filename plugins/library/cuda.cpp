@@ -27,6 +27,7 @@ struct Loaded {
     find(library, "cuMemcpyDtoDAsync_v2", &api.copy_device);
     find(library, "cuMemsetD8Async", &api.set_bytes);
     api.context_get_id = reinterpret_cast<decltype(api.context_get_id)>(dlsym(library, "cuCtxGetId"));
+    api.function_load = reinterpret_cast<decltype(api.function_load)>(dlsym(library, "cuFuncLoad"));
   }
 
   template <typename Function>

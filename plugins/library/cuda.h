@@ -34,6 +34,8 @@ struct Api {
   Result (*context_get_device)(Device*);
   Result (*device_get_attribute)(int*, int, Device);
   Result (*module_load_data)(Module*, const void*);
+  // CUDA 12.4: where modules load lazily, this is what loads. May be null.
+  Result (*function_load)(Function);
   Result (*module_get_function)(Function*, Module, const char*);
   Result (*function_set_attribute)(Function, int, int);
   Result (*launch_kernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**,

@@ -128,6 +128,9 @@ struct DriverLauncher::Context {
         return cuda::explain(driver, "cuFuncSetAttribute" + what, result);
       }
     }
+    if (driver.function_load != nullptr) {
+      if (cuda::Result result = driver.function_load(found)) return cuda::explain(driver, "cuFuncLoad" + what, result);
+    }
     *function = found;
     return {};
   }

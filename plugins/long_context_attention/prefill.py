@@ -8,7 +8,9 @@ from l4convert.plugins.long_context_attention.heads import rope_and_norm, temper
 
 # The start of a running maximum where some keys of a tile are masked: finite, so that differences are numbers.
 # What a row gathers before its first visible key is wiped out by that key, whose weight is 2^1e29 times as large.
-LOWEST = tl.constexpr(-1e30)
+# A power of two, so that its product with SCALE is exact: the compiler fuses that product with the difference to the
+# maximum, and what rounding left would be 1e21 in an exponent.
+LOWEST = tl.constexpr(-(2.0**100))
 # float16 weights are kept below 2^15, not below 1: else those under 6e-8 vanish, and ten million of them count.
 WEIGHT_BITS = tl.constexpr(15.0)
 

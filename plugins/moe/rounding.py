@@ -21,7 +21,8 @@ def fp8_codes(values, scale):
     The rounding is done in float32, so that the cast is exact: Triton's interpreter neither rounds nor saturates there.
     """
     scaled = tl.div_rn(values, tl.zeros_like(values) + scale)
-    scaled = tl.minimum(tl.maximum(scaled, -E4M3_MAX), E4M3_MAX)
+    scaled = tl.maximum(scaled, -E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)  # what is no number stays none
+    scaled = tl.minimum(scaled, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     # The step between codes: 2^-3 of the power of two below, and no smaller than that of 2^-6, the least normal number.
     exponent = tl.maximum((scaled.to(tl.int32, bitcast=True) >> 23) & 0xFF, 127 - 6)
     step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l4convert.errors import DeviceError
 from l4convert.plugins.library import native
+from l4convert.plugins.long_context_attention.variants import variants
 from tests.plugins import interpreter
 
 SCOUT = {"num_heads": 40, "kv_num_heads": 8, "head_dim": 128, "chunk_size": 8192, "rope": 1, "qk_norm_eps": 1e-5}
@@ -197,3 +199,13 @@ def test_too_many_query_heads_to_a_key_value_head_are_refused(planner):
 @pytest.mark.parametrize("empty", [(0, 1, 5), (1, 0, 5)])
 def test_an_empty_call_launches_nothing(planner, empty):
     assert plan(planner, FAR, shape(*empty)) == []
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
+def test_scaling_a_masked_score_leaves_nothing_to_round(head_dim):
+    """The compiler fuses the product with a difference, which the interpreter does not: 1e21 would be left over."""
+    from l4convert.plugins.long_context_attention.prefill import LOWEST
+
+    (variant,) = (one for one in variants((head_dim,)) if one.name == f"attention_prefill_bf16_none_d{head_dim}")
+    scale = np.float32(variant.constants["SCALE"])
+    assert float(np.float32(LOWEST.value) * scale) == float(LOWEST.value) * float(scale)

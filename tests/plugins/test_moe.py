@@ -104,6 +104,15 @@ def test_logits_that_are_not_numbers_harm_their_own_token_only(gpu, top_k):
     assert relative_error(actual[[0, 2]], expected[[0, 2]]) <= 1e-2
 
 
+def test_an_input_that_is_no_number_is_not_made_one_by_fp8(gpu):
+    case = make_case("fp8", 3, 3, 64, 64)
+    x = case.x.copy()
+    x[1, 5] = np.nan
+    actual = Call.of(gpu, replace(case, x=x)).run()
+    assert np.isnan(actual[1]).all()
+    assert np.isfinite(actual[[0, 2]]).all()
+
+
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (8, 1), (20, 2)])
 def test_each_chosen_expert_is_read_once_and_no_other_at_all(gpu, tokens, top_k):
     case = make_case("int4", tokens, 10, 128, 64, top_k)
