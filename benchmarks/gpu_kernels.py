@@ -34,12 +34,11 @@ from gpu_speed import Bench
 from gpu_tensors import Maker
 from gpu_timing import machine_limits
 from gpu_workloads import ROWS
-from roofline import Limits, limits_of
+from roofline import Limits, published
 
 from l4convert.errors import L4Error
 from l4convert.gpus import Gpu
 from l4convert.plugins.library.calling import CORE
-from l4convert.targets.hardware import load_hardware
 
 KERNELS_TITLE = "Kernels against the functions' bodies"
 PLUGINS_TITLE = "TensorRT plugins, without TensorRT, against the functions' bodies"
@@ -166,11 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hardware", default="h100", metavar="NAME|FILE", help="profile (default: h100)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows that have this in their name")
     options = parser.parse_args(arguments)
-    try:
-        hardware = load_hardware(options.hardware)
-        limits = limits_of(hardware)
-    except (L4Error, ValueError) as error:
-        parser.error(str(error))
+    hardware, limits = published(parser, options.hardware)
     rows = [row for row in ROWS if options.only in row.name]
     print(f"{hardware.summary}: limits as published, nothing is measured\n")
     print(planned_section(rows, limits, hardware.memory_bytes).markdown())

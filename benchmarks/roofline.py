@@ -179,6 +179,15 @@ def markdown(rows: Sequence[tuple[str, Work]], limits: Limits) -> str:
     return "\n".join(lines)
 
 
+def published(parser: argparse.ArgumentParser, name: str) -> tuple[Hardware, Limits]:
+    """A hardware profile by its name or file, and its limits; a wrong one ends the script as a wrong option does."""
+    try:
+        hardware = load_hardware(name)
+        return hardware, limits_of(hardware)
+    except (L4Error, ValueError) as error:
+        parser.error(str(error))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     from gpu_workloads import ATTENTION, MOE
 
@@ -187,11 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("op", nargs="?", choices=tuple(tables), help="only this plugin")
     parser.add_argument("--hardware", default="h100", metavar="NAME|FILE", help="profile (default: h100)")
     options = parser.parse_args(arguments)
-    try:
-        hardware = load_hardware(options.hardware)
-        limits = limits_of(hardware)
-    except (L4Error, ValueError) as error:
-        parser.error(str(error))
+    hardware, limits = published(parser, options.hardware)
     print(f"{hardware.summary}: {limits.bandwidth / 1e12:.3g} TB/s, as published")
     for op in [options.op] if options.op else tables:
         print(f"\n{markdown([(row.name, row.work) for row in tables[op]], limits)}")

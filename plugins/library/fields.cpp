@@ -127,4 +127,8 @@ std::vector<PluginField> field_names(const std::vector<FieldRule>& rules) {
   return names;
 }
 
+Status refused(const char* field, const std::string& value, const char* known) {
+  return std::string("field \"") + field + "\" is \"" + value + "\", which the plugin does not know (" + known + ")";
+}
+
 }  // namespace l4convert

@@ -53,4 +53,7 @@ class Fields {
 // Names of fields for getFieldNames(): the parser of ONNX models hands over these attributes and no others.
 std::vector<nvinfer1::PluginField> field_names(const std::vector<FieldRule>& rules);
 
+// What is said of a text that a field cannot have; `known`: what it can.
+Status refused(const char* field, const std::string& value, const char* known);
+
 }  // namespace l4convert

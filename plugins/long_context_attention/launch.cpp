@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "../library/sizes.h"
 #include "../moe/launch.h"
 
 namespace l4convert {
@@ -24,10 +25,7 @@ constexpr std::int64_t kLeastPrefillTokens = 512;
 constexpr std::int64_t kMostPrefillRows = 128;  // BM
 constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kGridMax = 65535;  // of y and z: CUDA C++ Programming Guide, technical specifications
-constexpr std::size_t kAlignment = 256;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 std::int32_t narrow(std::int64_t value) { return static_cast<std::int32_t>(value); }
 
 std::int64_t group_of(const l4_attention& a) { return a.num_heads / a.kv_num_heads; }
@@ -40,20 +38,20 @@ std::int64_t reach(const l4_attention& a, const l4_attention_shape& s) {
 
 // The fewest parts that fill the machine once, or that are short enough.
 std::int64_t least_parts(std::int64_t rows, std::int64_t keys, std::int64_t blocks) {
-  return std::max<std::int64_t>({1, blocks / rows, ceil_div(keys, kPartTokens)});
+  return std::max<std::int64_t>({1, blocks / rows, ceil_divide(keys, kPartTokens)});
 }
 
 // Into how many parts decode cuts its keys, for B * Hk `rows`: of the counts from the fewest to twice as many, that which
 // leaves the least of the machine idle in the last round.
 std::int64_t decode_parts(const l4_attention& a, const l4_attention_shape& s, int multiprocessors) {
   const std::int64_t rows = s.batch * a.kv_num_heads, blocks = kDecodeBlocks * multiprocessors, keys = reach(a, s);
-  const std::int64_t most = std::min(kMostParts, ceil_div(keys, kLeastTokens));
+  const std::int64_t most = std::min(kMostParts, ceil_divide(keys, kLeastTokens));
   const std::int64_t least = std::min(least_parts(rows, keys, blocks), most);
   std::int64_t best = least;
   double best_use = 0;
   for (std::int64_t parts = least; parts <= std::min(2 * least, most); ++parts) {
     const std::int64_t programs = rows * parts;
-    const double use = static_cast<double>(programs) / static_cast<double>(ceil_div(programs, blocks) * blocks);
+    const double use = static_cast<double>(programs) / static_cast<double>(ceil_divide(programs, blocks) * blocks);
     if (use > best_use + 0.01) {
       best = parts;
       best_use = use;
@@ -65,8 +63,8 @@ std::int64_t decode_parts(const l4_attention& a, const l4_attention_shape& s, in
 // Prefill cuts the keys only where there are too few tiles of queries to fill the machine.
 std::int64_t prefill_parts(const l4_attention& a, const l4_attention_shape& s, int multiprocessors,
                            std::int64_t tile_rows) {
-  const std::int64_t tiles = ceil_div(s.new_tokens * group_of(a), tile_rows) * a.kv_num_heads * s.batch;
-  const std::int64_t most = std::min(kMostParts, ceil_div(reach(a, s), kLeastPrefillTokens));
+  const std::int64_t tiles = ceil_divide(s.new_tokens * group_of(a), tile_rows) * a.kv_num_heads * s.batch;
+  const std::int64_t most = std::min(kMostParts, ceil_divide(reach(a, s), kLeastPrefillTokens));
   return std::clamp<std::int64_t>(multiprocessors / tiles, 1, most);
 }
 
@@ -75,7 +73,7 @@ std::size_t part_bytes(const l4_attention& a) { return (static_cast<std::size_t>
 // Never less for a larger call: decode_parts is at most twice least_parts, and rows * (blocks / rows) at most blocks.
 std::size_t decode_workspace(const l4_attention& a, const l4_attention_shape& s, int multiprocessors) {
   const std::int64_t rows = s.batch * a.kv_num_heads;
-  const std::int64_t most = std::min(kMostParts, 2 * ceil_div(reach(a, s), kPartTokens));
+  const std::int64_t most = std::min(kMostParts, 2 * ceil_divide(reach(a, s), kPartTokens));
   const std::int64_t parts = std::max(2 * kDecodeBlocks * multiprocessors, rows * std::max<std::int64_t>(2, most));
   return static_cast<std::size_t>(parts * group_of(a)) * part_bytes(a) + 3 * kAlignment;
 }
@@ -146,7 +144,7 @@ class Call {
     const std::string kernel = name("prefill", kv());
     if (!launcher_.has(kernel)) return missing(kernel);
     const std::int64_t tile_rows = launcher_.constant(kernel, "BM");
-    const std::int64_t tiles = ceil_div(s_.new_tokens * group_of(a_), tile_rows);
+    const std::int64_t tiles = ceil_divide(s_.new_tokens * group_of(a_), tile_rows);
     const std::int64_t parts = prefill_parts(a_, s_, launcher_.multiprocessors(), tile_rows);
     Pieces pieces(b_.workspace);
     void* sequences = pieces.take(static_cast<std::size_t>(s_.batch) * 4 * sizeof(std::int64_t));
@@ -175,7 +173,7 @@ class Call {
                   new_key, new_value, sequences});
     append(arguments, {i32(s_.new_tokens), i64(s_.seen_tokens), i64(chunk()), i32(s_.table_rows), i32(a_.kv_num_heads),
                        i32(group_of(a_)), i32(a_.rope), f32(a_.qk_norm_eps), f32(a_.floor_scale), f32(a_.attn_scale)});
-    Grid programs = grid(ceil_div(s_.new_tokens, launcher_.constant(kernel, "BT")));
+    Grid programs = grid(ceil_divide(s_.new_tokens, launcher_.constant(kernel, "BT")));
     programs.y += static_cast<std::uint32_t>(a_.num_heads);
     return launcher_.launch(kernel, programs, arguments);
   }
@@ -185,7 +183,7 @@ class Call {
     if (!launcher_.has(kernel)) return missing(kernel);
     std::vector<Argument> arguments = pointers({new_key, new_value, sequences, b_.present_key, b_.present_value});
     append(arguments, {i32(s_.new_tokens), i64(s_.capacity), i64(chunk())});
-    return launcher_.launch(kernel, grid(ceil_div(s_.new_tokens, launcher_.constant(kernel, "BT"))), arguments);
+    return launcher_.launch(kernel, grid(ceil_divide(s_.new_tokens, launcher_.constant(kernel, "BT"))), arguments);
   }
 
   Status combine(const Partials& partials, std::int64_t parts) {

@@ -99,10 +99,6 @@ class LongContextAttention final : public Op {
   l4_attention attention_;
 };
 
-Status refused(const char* field, const std::string& value, const char* known) {
-  return std::string("field \"") + field + "\" is \"" + value + "\", which the plugin does not know (" + known + ")";
-}
-
 Status make(const Fields& fields, std::shared_ptr<const Op>& op) {
   const std::string &compute = fields.text("compute"), &kv_dtype = fields.text("kv_dtype");
   if (compute != "bfloat16" && compute != "float16") return refused("compute", compute, "bfloat16, float16");

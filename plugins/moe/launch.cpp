@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "../library/sizes.h"
+
 namespace l4convert {
 namespace {
 
@@ -14,8 +16,6 @@ constexpr std::int64_t kRoutedAtOnce = 64; // rows that one launch routes, and T
 constexpr std::int64_t kSumBlock = 1024;   // BLOCK of moe_sum
 constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;
 constexpr std::int64_t kLargestTile = 128;
-
-std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 std::string compute_name(const l4_moe& moe) { return moe.compute == L4_FLOAT16 ? "fp16" : "bf16"; }
 
@@ -54,7 +54,7 @@ Workspace layout(const l4_moe& moe, std::int64_t tokens) {
   std::size_t end = 0;
   const auto piece = [&end](std::size_t bytes) {
     const std::size_t begin = end;
-    end += (bytes + 255) / 256 * 256;
+    end += aligned(bytes);
     return begin;
   };
   w.rows = piece(rows * hidden_size * (is_fp8(moe) ? 1 : 2));
@@ -226,8 +226,6 @@ Status check_size(const char* name, std::int32_t size, std::int32_t block) {
   return {};
 }
 
-bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
-
 Status check_buffers(const l4_moe& moe, const l4_moe_buffers& buffers) {
   const bool scaled = moe.weights != L4_WEIGHTS_PLAIN;
   const struct {
@@ -244,7 +242,9 @@ Status check_buffers(const l4_moe& moe, const l4_moe_buffers& buffers) {
                {"workspace", buffers.workspace, true}};
   for (const auto& buffer : given) {
     if (buffer.needed && buffer.address == nullptr) return std::string(buffer.name) + " is missing";
-    if (!aligned(buffer.address)) return std::string(buffer.name) + " is not aligned to 16 bytes";
+    if (reinterpret_cast<std::uintptr_t>(buffer.address) % 16 != 0) {
+      return std::string(buffer.name) + " is not aligned to 16 bytes";
+    }
   }
   return {};
 }

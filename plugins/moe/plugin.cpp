@@ -62,10 +62,6 @@ class MoE final : public Op {
 // LAYOUT of packed.py: how codes lie in words.
 constexpr std::int32_t kLayout = 1;
 
-Status refused(const char* field, const std::string& value, const char* known) {
-  return std::string("field \"") + field + "\" is \"" + value + "\", which the plugin does not know (" + known + ")";
-}
-
 Status make(const Fields& fields, std::shared_ptr<const Op>& op) {
   const std::string &compute = fields.text("compute"), &weights = fields.text("weights");
   const std::string& activations = fields.text("activations");

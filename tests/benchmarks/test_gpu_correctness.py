@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.benchmarks.scripts import load
+from tests.benchmarks.small_cases import GROUPS, SCALE, some
 
 cases = load("gpu_cases")
 correctness = load("gpu_correctness")
@@ -21,20 +21,9 @@ reference = load("gpu_reference")
 report = load("gpu_report")
 tensors = load("gpu_tensors")
 
-SCALE = cases.Scale(
-    tokens=(3, 20), experts=(4,), widths=(128,), head_dim=16, key_heads=(1, 2), chunks=(32,), lengths=70, new=45
-)
-GROUPS = {group.name: group for group in cases.groups(SCALE)}
-
 
 def maker(compute: str) -> Any:
     return tensors.Maker(torch, "cpu", compute)
-
-
-def some(name: str, *numbers: int) -> Any:
-    """A group with some of its cases: the interpreter takes about a second for one."""
-    group = GROUPS[name]
-    return replace(group, cases=tuple(group.cases[number] for number in numbers))
 
 
 @pytest.fixture(autouse=True)

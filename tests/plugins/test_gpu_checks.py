@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.benchmarks.scripts import load
+from tests.benchmarks.small_cases import GROUPS, some
 from tests.plugins import interpreter
 from tests.plugins.host_kernels import HostKernels, HostPluginKernels
 
@@ -20,11 +21,6 @@ roofline = load("roofline")
 speed = load("gpu_speed")
 tensors = load("gpu_tensors")
 workloads = load("gpu_workloads")
-
-SCALE = cases.Scale(
-    tokens=(3, 20), experts=(4,), widths=(128,), head_dim=16, key_heads=(1, 2), chunks=(32,), lengths=70, new=45
-)
-GROUPS = {group.name: group for group in cases.groups(SCALE)}
 
 
 @pytest.mark.parametrize(
@@ -41,13 +37,11 @@ def test_kernels_equal_their_functions_bodies(
     make_gpu: Callable[..., Any], through: Any, name: str, numbers: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
-    group = GROUPS[name]
-    some = replace(group, cases=tuple(group.cases[number] for number in numbers))  # a case takes about a second
     kernels = through(make_gpu(sm=90, multiprocessors=4))
-    result = correctness.check(kernels, lambda compute: tensors.Maker(torch, "cpu", compute), some)
+    result = correctness.check(kernels, lambda compute: tensors.Maker(torch, "cpu", compute), some(name, *numbers))
     assert result.passed, result
     assert result.cases == len(numbers)
-    assert result.error < group.bound
+    assert result.error < GROUPS[name].bound
 
 
 def test_types_that_a_library_was_built_without_are_not_measured(
