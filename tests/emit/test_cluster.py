@@ -52,10 +52,15 @@ class Node:
         }
         fixed = ["--block", "--num-cpus=1", "--object-store-memory=80000000", f"--temp-dir={folder}"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *fixed, "--include-log-monitor=false"]
-        with (folder / f"log-{name}").open("w") as log:
+        self._log = folder / f"log-{name}"
+        with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [*command, *options], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    def started(self) -> bool:
+        """Whether the cluster knows it."""
+        return "Ray runtime started" in self._log.read_text()
 
     @property
     def writes(self) -> int:
@@ -199,8 +204,10 @@ def test_a_machine_that_joined_and_is_lost(
 ) -> None:
     before = cluster.head.writes
     other = cluster.add("lost")
-    run = _start(checkpoint, tmp_path / "out", cluster.address)
-    _wait_for(lambda: min(other.writes, cluster.head.writes - before) > 3 or run.poll() is not None)
+    _wait_for(other.started)
+    run = _start(checkpoint, tmp_path / "out", cluster.address, "--jobs", "8")  # tasks of at most 6 jobs
+    # A machine counts when it has ended a task, so it is lost in its third, or later.
+    _wait_for(lambda: min(other.writes, cluster.head.writes - before) > 12 or run.poll() is not None)
     other.lose()
     assert run.poll() is None, "the machine was lost too late"
     code, out, err = _finish(run)
