@@ -7,7 +7,7 @@ from pathlib import Path
 
 from l4convert.checkpoint.base import Checkpoint
 from l4convert.checkpoint.fields import Fields
-from l4convert.checkpoint.hf_config import read_config, read_quantization
+from l4convert.checkpoint.hf_config import MAX_CONFIG_BYTES, read_config, read_quantization
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import (
     Layout,
@@ -24,6 +24,7 @@ from l4convert.checkpoint.text import and_more, parse_object, quote, read_bytes,
 from l4convert.errors import InputError
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  # where ModelOpt says how it quantized
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
@@ -77,7 +78,7 @@ def open_hf(path: Path) -> Checkpoint:
         tensors={name: tensors[name] for name in expected},
         experts=experts,
         sidecars=_sidecars(path),
-        files=(path / CONFIG, *([index] if weight_map is not None else []), *shards),
+        files=(path / CONFIG, *(file for file in (path / MODELOPT, index) if file.exists()), *shards),
         quantization=quantization,
     )
 
@@ -86,10 +87,15 @@ def _read_quantized(
     path: Path, stored: dict[str, Stored], expected: Mapping[str, Shape], layout: Layout
 ) -> tuple[Mapping[str, LazyTensor], str | None]:
     """The weights that are stored quantized, and how, in words; what they are made of is taken out of ``stored``."""
-    config = read_quantization(path / CONFIG)
+    config, method = read_quantization(path / CONFIG), None
+    if config is not None:
+        method = config.get("quant_method", None)
+    elif (path / MODELOPT).exists():
+        file = show(path / MODELOPT)
+        config, method = Fields(parse_object(read_bytes(path / MODELOPT, MAX_CONFIG_BYTES), file), file), "modelopt"
     if config is None:
         return {}, None
-    read = read_quantized(config.get("quant_method", None), Source(config, stored, expected, layout))
+    read = read_quantized(method, Source(config, stored, expected, layout))
     return read.tensors, read.words
 
 
