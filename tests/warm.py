@@ -1,8 +1,8 @@
 """Commands in processes of their own that start at once: forked from a process that has imported what they need.
 
-Importing torch and transformers takes longer than what most tests let a command do. A forked process has its own memory,
-standard streams, folder, environment and exit code as any other; what its interpreter read from the environment when it
-started is the server's, so tests of that start a process as a user does.
+Importing torch and transformers takes longer than most tests let a command run. A forked process has memory, standard
+streams, folder, environment and exit code of its own; what an interpreter reads from the environment when it starts is
+the server's, so tests of that start a process as a user does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
-# They start no threads before they compute, so they may be forked; onnxruntime does when it is imported, so it is not here.
+# They may be forked, for they start no threads before they compute. onnxruntime does so when it is imported.
 PRELOADED = (
     "torch",
     "transformers.models.llama4.modeling_llama4",
@@ -80,7 +80,8 @@ def _serve() -> dict[str, Any] | None:
             request: dict[str, Any] = json.loads(line)
             return request
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
     return None
 
 
