@@ -24,10 +24,9 @@ from l4convert.checkpoint.text import and_more, parse_object, quote, read_bytes,
 from l4convert.errors import InputError
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  # where ModelOpt says how it quantized
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# ModelOpt's own description of what it quantized; new versions write it into config.json as well.
-MODELOPT = "hf_quant_config.json"
 MAX_INDEX_BYTES = 100_000_000
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 SIDECARS = (
@@ -67,8 +66,7 @@ def open_hf(path: Path) -> Checkpoint:
     experts = find_experts(stored)
     expected = expected_tensors(config, experts)
     plain = _text_tensors(stored, layout, config.tie_word_embeddings)
-    described, method = _describe_quantization(path)
-    made, quantization = _read_quantized(described, method, plain, expected, layout)
+    made, quantization = _read_quantized(path, plain, expected, layout)
     _check_names(listing, stored, plain, made, expected, layout)
     for name, tensor in plain.items():
         _check_tensor(tensor, expected[name])
@@ -80,39 +78,24 @@ def open_hf(path: Path) -> Checkpoint:
         tensors={name: tensors[name] for name in expected},
         experts=experts,
         sidecars=_sidecars(path),
-        files=(*_settings(path, described), *([index] if weight_map is not None else []), *shards),
+        files=(path / CONFIG, *(file for file in (path / MODELOPT, index) if file.exists()), *shards),
         quantization=quantization,
     )
 
 
-def _describe_quantization(path: Path) -> tuple[Fields | None, object]:
-    """What describes how weights are quantized, and by which method; None where nothing does."""
-    config = read_quantization(path / CONFIG)
-    if config is not None:
-        return config, config.get("quant_method", None)
-    file = path / MODELOPT
-    if not (file.exists() or file.is_symlink()):
-        return None, None
-    return Fields(parse_object(read_bytes(file, MAX_CONFIG_BYTES), show(file)), show(file)), "modelopt"
-
-
-def _settings(path: Path, described: Fields | None) -> tuple[Path, ...]:
-    """The files that say what the tensors are."""
-    beside = described is not None and described.file == show(path / MODELOPT)
-    return (path / CONFIG, path / MODELOPT) if beside else (path / CONFIG,)
-
-
 def _read_quantized(
-    described: Fields | None,
-    method: object,
-    stored: dict[str, Stored],
-    expected: Mapping[str, Shape],
-    layout: Layout,
+    path: Path, stored: dict[str, Stored], expected: Mapping[str, Shape], layout: Layout
 ) -> tuple[Mapping[str, LazyTensor], str | None]:
     """The weights that are stored quantized, and how, in words; what they are made of is taken out of ``stored``."""
-    if described is None:
+    config, method = read_quantization(path / CONFIG), None
+    if config is not None:
+        method = config.get("quant_method", None)
+    elif (path / MODELOPT).exists():
+        file = show(path / MODELOPT)
+        config, method = Fields(parse_object(read_bytes(path / MODELOPT, MAX_CONFIG_BYTES), file), file), "modelopt"
+    if config is None:
         return {}, None
-    read = read_quantized(method, Source(described, stored, expected, layout))
+    read = read_quantized(method, Source(config, stored, expected, layout))
     return read.tensors, read.words
 
 
