@@ -7,11 +7,14 @@ of the tensor divides (compressed_tensors/compressors/nvfp4).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.fields import Fields
 from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.names import Shape
 from l4convert.checkpoint.prequantized import Prequantized
 from l4convert.checkpoint.quantized.floats import (
     NVFP4_BLOCK,
@@ -43,7 +46,8 @@ def read_fp8(source: Source, weights: Fields, weight: str) -> LazyTensor:
     if strategy == "block":
         return _in_blocks(source, weights, codes, name)
     found = source.stored.get(name)
-    shapes = {"tensor": [(1,), (), (1, 1)], "channel": [(rows, 1), (rows,)]}.get(strategy)
+    possible: Mapping[object, tuple[Shape, ...]] = {"tensor": ((1,), (), (1, 1)), "channel": ((rows, 1), (rows,))}
+    shapes = possible.get(strategy) if isinstance(strategy, str) else None
     if shapes is None:
         weights.fail("strategy", f"is {quote(strategy)}: not supported for FP8", "supported: tensor, channel, block")
     shape = found.dims if found is not None and found.dims in shapes else shapes[0]

@@ -137,8 +137,8 @@ def e4m3_weight(codes: LazyTensor, scales: LazyTensor) -> Prequantized:
 
     Args:
         codes: FLOAT8E4M3FN [..., N, K].
-        scales: One for all: [] or [1]; one a matrix: [E] where there are several; one a row: [N] where there is one
-            matrix, or [..., N, 1].
+        scales: One for all: [], [1] or [1, 1]; one a matrix: [E] where there are several; one a row: [N] where there is
+            one matrix, or [..., N, 1].
 
     Raises:
         ValueError: The shapes do not fit.
@@ -150,7 +150,7 @@ def e4m3_weight(codes: LazyTensor, scales: LazyTensor) -> Prequantized:
         scales = Upright(scales, dims)
     elif scales.dims == tuple(lead) and lead:
         scales = Repeated(Upright(scales, [*lead, 1, 1]), dims, rows)
-    elif scales.dims in ((), (1,)):
+    elif scales.matrix == (1, 1, 1):
         scales = Repeated(scales, dims, rows)
     return Prequantized(Finite(codes), scales, depth)
 
