@@ -134,6 +134,22 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     return {entry.name: Stored(state, entry.name, entry.dtype, entry.shape, data + entry.begin) for entry in entries}
 
 
+def stored_at(
+    path: Path, status: os.stat_result, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int
+) -> Stored:
+    """A tensor at a place in a file of another format that was found there by a reader which checked that it fits.
+
+    Args:
+        path: The file.
+        status: As it was when it was read.
+        key: The tensor's name in it.
+        dtype: Of its elements, little-endian.
+        shape: In C order, without gaps.
+        offset: Where it begins, in bytes from the beginning of the file.
+    """
+    return Stored(_FileState(str(path), status.st_size, status.st_mtime_ns), key, dtype, shape, offset)
+
+
 @dataclass(frozen=True)
 class _Entry:
     """One tensor of a header; ``begin`` and ``end`` are bytes from the beginning of the data."""
