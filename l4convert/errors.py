@@ -62,6 +62,7 @@ INSTALL = {
     "compressed_tensors": "pip install compressed-tensors",
     "cuda": "pip install cuda-bindings",
     "kernel_lens": "pip install kernel-lens",
+    "llama_models": "pip install llama-models fairscale",
     "matplotlib": "pip install matplotlib",
     "onnxruntime": "pip install onnxruntime-gpu",
     "ray": "pip install 'ray[client]'",

@@ -18,8 +18,8 @@ from l4convert.checkpoint.tiktoken_model import special_token_ids
 # apply_scaling of model.py: constants there, and what args.py puts in for values that no published file has.
 _LOW_FREQ_FACTOR, _ORIGINAL_POSITIONS = 1.0, 8192
 _SCALING_FACTOR, _HIGH_FREQ_FACTOR = 16.0, 1.0
-# params.json does not say how long a context a model was trained for. These are the model cards' lengths of the
-# instruction-tuned models: scaled RoPE is Scout's alone, and a model without chunks is a dense one such as Llama Guard 4.
+# params.json does not say how long a context a model was trained for. These are the lengths of the published
+# instruction-tuned models: scaled RoPE is Scout's alone, and one without chunks is dense, as Llama Guard 4 is.
 _POSITIONS_SCALED, _POSITIONS, _POSITIONS_WITHOUT_CHUNKS = 10_485_760, 1_048_576, 131_072
 _REFUSED = ("quantization_args", "lora_args")
 

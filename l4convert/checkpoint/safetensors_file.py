@@ -86,6 +86,12 @@ class Stored(LazyTensor):
     def files(self) -> tuple[Path, ...]:
         return (self.file,)
 
+    def viewed(self, shape: tuple[int, ...]) -> Stored:
+        """The same bytes as a tensor of another shape and the same size."""
+        if math.prod(shape) != self.size:
+            raise ValueError(f"{self.key}: {self.dims} cannot be seen as {shape}")
+        return Stored(self._state, self.key, self.dtype, shape, self.offset)
+
     def require_unchanged(self) -> None:
         """See whether the file is still the one whose header was read.
 

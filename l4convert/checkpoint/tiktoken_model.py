@@ -1,11 +1,13 @@
 """``tokenizer.model``, as Meta ships it, to the files that other tokenizers read.
 
-A line of the file is a token's bytes in base64 and its rank (``llama_models/tokenizer_utils.py``). The pattern that cuts
-a text into pieces, and the special tokens that follow the ranks, are those of ``llama_models/llama4/tokenizer.py``.
+A line of the file is a token's bytes in base64 and its rank (``llama_models/tokenizer_utils.py``). The pattern that
+cuts a text into pieces, and the special tokens that follow the ranks, are those of
+``llama_models/llama4/tokenizer.py``.
 
-tiktoken merges, in a piece, the two neighbours whose joined bytes have the lowest rank, again and again; a piece that is
-a token as a whole is taken at once. The Hugging Face form lists pairs instead. Every pair of tokens that makes a token
-up is listed, in the order of the token's rank, which gives the same merges; ``ignore_merges`` gives the short cut.
+tiktoken merges, in a piece, the two neighbours whose joined bytes have the lowest rank, again and again; a piece that
+is a token as a whole is taken at once. The Hugging Face form lists pairs instead. Every pair of tokens that makes a
+token up is listed, in the order of the token's rank, which gives the same merges; ``ignore_merges`` gives the short
+cut.
 """
 
 from __future__ import annotations
