@@ -147,11 +147,7 @@ def write_meta(
 
 def write_ranks(path: Path, count: int) -> Path:
     """A tokenizer.model of all bytes and, up to ``count`` tokens, pieces of a text; each can be made by merges."""
-    words = (
-        "the and ing ion er  th  an on re he in ed  of or  to at is it en es al  a  b  c  d th he re nd ha ll".split(
-            " "
-        )
-    )
+    words = [" the", "ing", "ion", "er ", " and", "of", "or", "to", "at", "is", "it", "en", "es", "al", "re", "ed"]
     tokens = [bytes([byte]) for byte in range(256)]
     for word in words:
         for end in range(2, len(word) + 1):
@@ -161,4 +157,73 @@ def write_ranks(path: Path, count: int) -> Path:
     tokens = [*tokens, *extra][:count]
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
     path.write_bytes(b"".join(lines))
+    return path
+
+
+QUANTIZED: Mapping[str, Any] = {
+    **SCOUT,
+    "dim": 128,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 96,
+    "multiple_of": 256,
+    "use_scaled_rope": False,
+}
+
+
+def quantize_impls(monkeypatch: Any) -> Any:
+    """Meta's ``quantize_impls``, which imports FBGEMM and needs it for kernels only."""
+    import importlib
+    import sys
+    from types import ModuleType
+
+    for name in ("fbgemm_gpu", "fbgemm_gpu.experimental", "fbgemm_gpu.experimental.gen_ai"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    return importlib.import_module("llama_models.quantize_impls")
+
+
+def quantize_fp8_per_row(weight: Any) -> tuple[Any, Any]:
+    """[..., N, K] to E4M3 and scales [..., N]: the formula of FBGEMM's ``quantize_fp8_row``, which needs a GPU here."""
+    import torch
+
+    largest = weight.float().abs().amax(-1)
+    inverse = 448.0 / largest
+    codes = (weight.float() * inverse[..., None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return codes, 1.0 / inverse
+
+
+def quantize_rank(part: dict[str, Any], params: Mapping[str, Any], kind: str, impls: Any) -> dict[str, Any]:
+    """Quantize the experts of one file in place, as ``llama4/scripts/quantize.py`` does; their scales."""
+    import torch
+
+    scales = {}
+    for layer in range(1, params["n_layers"] - 1):
+        prefix = f"layers.{layer}.feed_forward.experts."
+        for name in EXPERTS:
+            key = prefix + EXPERTS[name]
+            experts = params["moe_args"]["num_experts"]
+            weight = part[key].reshape(experts, -1, part[key].shape[-1]).transpose(1, 2).contiguous()
+            if kind == "fp8":
+                codes, scale = quantize_fp8_per_row(weight)
+            else:
+                each = [impls.int4_row_quantize(matrix) for matrix in weight]
+                codes = torch.stack([impls.pack_int4(one) for one, _ in each])
+                scale = torch.stack([one for _, one in each])
+            codes = codes.transpose(1, 2).reshape(-1, weight.shape[1]).contiguous()
+            part[key] = torch.nn.Parameter(codes.view(torch.float8_e4m3fn))
+            scales[prefix + name] = scale
+    return scales
+
+
+def write_quantized(path: Path, kind: str, impls: Any, shards: int = 1, params: Mapping[str, Any] = QUANTIZED) -> Path:
+    """Write a folder as ``llama4/scripts/quantize.py`` leaves it: all MoE layers but the first and the last."""
+    import torch
+
+    path.mkdir(parents=True, exist_ok=True)
+    state = published(random_state(params))
+    for rank, part in enumerate(sharded(state, shards, params["moe_args"]["num_experts"])):
+        scales = quantize_rank(part, params, kind, impls)
+        torch.save(part, path / f"consolidated.{rank:02d}.pth")
+        torch.save(scales, path / f"{kind}_scales_{rank}.pt")
+    (path / "params.json").write_text(json.dumps(params))
     return path
