@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.parameters import parameter_counts
+from l4convert.checkpoint.prequantized import stored_bytes
 from l4convert.conversion import Conversion
 from l4convert.emit import Filling, source_digests, write_artifact
 from l4convert.emit.memory import parse_size
@@ -226,7 +227,7 @@ def _filling(options: HowOptions) -> Filling:
 
 
 def _source_bytes(checkpoint: Checkpoint) -> int:
-    return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return sum(stored_bytes(tensor) for tensor in checkpoint.tensors.values())
 
 
 def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
@@ -243,7 +244,11 @@ def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
 def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     checkpoint = conversion.checkpoint
     return {
-        "source": {"format": checkpoint.format, "files": source_digests(checkpoint.files, progress)},
+        "source": {
+            "format": checkpoint.format,
+            **({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization}),
+            "files": source_digests(checkpoint.files, progress),
+        },
         "config": dataclasses.asdict(checkpoint.config),
         "target": conversion.target.name,
         "recipe": conversion.recipe.to_dict(),
@@ -252,7 +257,12 @@ def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progres
         "compute": conversion.compute,
         "calls": conversion.target.calls,
         "passes": [
-            {"name": r.name, "fired": r.fired, "skipped": dict(Counter(reason for _, reason in r.skipped))}
+            {
+                "name": r.name,
+                "fired": r.fired,
+                "skipped": dict(Counter(reason for _, reason in r.skipped)),
+                **({"notes": dict(Counter(remark for _, remark in r.notes))} if r.notes else {}),
+            }
             for r in conversion.reports
         ],
     }
