@@ -199,8 +199,7 @@ def quantize_rank(part: dict[str, Any], params: Mapping[str, Any], kind: str, im
     scales = {}
     for layer in range(1, params["n_layers"] - 1):
         prefix = f"layers.{layer}.feed_forward.experts."
-        for name in EXPERTS:
-            key = prefix + EXPERTS[name]
+        for name, key in ((name, prefix + last) for name, last in EXPERTS.items()):
             experts = params["moe_args"]["num_experts"]
             weight = part[key].reshape(experts, -1, part[key].shape[-1]).transpose(1, 2).contiguous()
             if kind == "fp8":
