@@ -26,6 +26,7 @@ from l4convert.quantization.carry_over import resolve
 from l4convert.quantization.kv import KvScheme
 from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules, with_kv_cache
 from l4convert.runtime.calibration_text import CalibrationText, read_calibration_text
+from l4convert.runtime.tokenizer import TextTokenizer
 from l4convert.targets import TARGETS, Target
 from l4convert.targets.hardware import Hardware, hardware_names, load_hardware
 
@@ -218,4 +219,8 @@ def _calibration_text(options: ConvertOptions | PlanOptions, checkpoint: Checkpo
     if not isinstance(options, ConvertOptions) or options.calibration is None:
         return None
     vocabulary = checkpoint.config.vocab_size
-    return read_calibration_text(options.calibration, checkpoint.path, options.calibration_tokens, vocabulary)
+    made = checkpoint.generated.get("tokenizer.json")
+    tokenizer = None if made is None else TextTokenizer.parse(made, f"{checkpoint.path}: tokenizer.json")
+    return read_calibration_text(
+        options.calibration, checkpoint.path, options.calibration_tokens, vocabulary, tokenizer
+    )

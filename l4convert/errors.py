@@ -63,6 +63,7 @@ INSTALL = {
     "modelopt": "pip install nvidia-modelopt",
     "cuda": "pip install cuda-bindings",
     "kernel_lens": "pip install kernel-lens",
+    "llama_models": "pip install llama-models fairscale",
     "matplotlib": "pip install matplotlib",
     "onnxruntime": "pip install onnxruntime-gpu",
     "ray": "pip install 'ray[client]'",

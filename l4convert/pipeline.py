@@ -112,7 +112,7 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         conversion.model,
         options.output,
         sidecars=checkpoint.sidecars,
-        extra_files=_client_files(conversion),
+        extra_files={**checkpoint.generated, **_client_files(conversion)},
         manifest=_manifest(conversion, options, progress),
         overwrite=options.overwrite,
         share_weights=options.share_weights,
@@ -205,13 +205,19 @@ def _planned_files(conversion: Conversion) -> dict[str, int]:
         MODEL_FILE: len(serialize_model(conversion.model, conversion.plan)),
     }
     files |= {path.name: path.stat().st_size for path in checkpoint.sidecars}
+    files |= {name: len(content) for name, content in checkpoint.generated.items()}
     return files | {name: len(text.encode()) for name, text in _client_files(conversion).items()}
 
 
 def _client_files(conversion: Conversion) -> dict[str, str]:
     checkpoint, recipe = conversion.checkpoint, conversion.recipe
     return client_files(
-        checkpoint.config, conversion.kv_cache, checkpoint.sidecars, conversion.target.name, recipe.kv_cache
+        checkpoint.config,
+        conversion.kv_cache,
+        checkpoint.sidecars,
+        conversion.target.name,
+        recipe.kv_cache,
+        checkpoint.generated,
     )
 
 

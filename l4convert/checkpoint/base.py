@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ class Checkpoint:
         sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
         files: Every file that decides the result (config, index, weights), for digests.
         quantization: How the checkpoint stores its weights quantized, in words; None: it does not.
+        generated: Name to content of files that an artifact needs and the checkpoint lacks, written like sidecars.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Checkpoint:
     sidecars: tuple[Path, ...]
     files: tuple[Path, ...]
     quantization: str | None = None
+    generated: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def open_hf(path: Path) -> Checkpoint:
         config=config,
         tensors={name: tensors[name] for name in expected},
         experts=experts,
-        sidecars=_sidecars(path),
+        sidecars=sidecars(path),
         files=(path / CONFIG, *(file for file in (path / MODELOPT, index) if file.exists()), *shards),
         quantization=quantization,
     )
@@ -205,9 +205,17 @@ def _check_tensor(tensor: Stored, shape: Shape) -> None:
         raise InputError(f"{where} is {found}, expected one of {', '.join(WEIGHT_DTYPES)}", hint)
 
 
-def _sidecars(path: Path) -> tuple[Path, ...]:
-    """The files that go into the artifact as they are; a link may not bring in a file from elsewhere."""
-    present = [path / name for name in SIDECARS if (path / name).is_file()]
+def sidecars(path: Path, names: Iterable[str] = SIDECARS) -> tuple[Path, ...]:
+    """The files that go into the artifact as they are.
+
+    Args:
+        path: The checkpoint's folder.
+        names: Those that are looked for.
+
+    Raises:
+        InputError: A link would bring in a file from elsewhere.
+    """
+    present = [path / name for name in names if (path / name).is_file()]
     folder = path.resolve()
     # A Hugging Face cache keeps snapshots/<revision>/<name> as links into blobs/.
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder

@@ -43,9 +43,20 @@ class TextTokenizer:
             backend = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{file}: not a tokenizer: {error}") from error
+        return cls._prepared(backend, str(file))
+
+    @classmethod
+    def parse(cls, content: bytes, name: str) -> TextTokenizer:
+        """A ``tokenizer.json`` that is in memory; ``name`` is what messages call it."""
+        from tokenizers import Tokenizer
+
+        return cls._prepared(Tokenizer.from_str(content.decode()), name)
+
+    @classmethod
+    def _prepared(cls, backend: Tokenizer, name: str) -> TextTokenizer:
         backend.no_truncation()  # some training scripts save a limit, and dropping text silently is never right
         backend.no_padding()
-        return cls(backend, *_special_ids(backend, file))
+        return cls(backend, *_special_ids(backend, name))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it become special tokens.
@@ -103,7 +114,7 @@ class TextStream:
         return piece
 
 
-def _special_ids(backend: Tokenizer, file: Path) -> tuple[list[int], list[int]]:
+def _special_ids(backend: Tokenizer, file: str) -> tuple[list[int], list[int]]:
     """What the tokenizer's own post-processor puts before and after a text.
 
     Nothing else has a say: transformers 5 drops ``add_bos_token`` from ``tokenizer_config.json`` when there is a
