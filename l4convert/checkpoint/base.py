@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from l4convert.checkpoint.adapters.applied import AppliedAdapter
 
 Experts = Literal["stacked", "unfused"]
 
@@ -25,6 +28,7 @@ class Checkpoint:
         experts: ``stacked``: one [E, in, out] tensor a projection; ``unfused``: one [out, in] weight an expert.
         sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
         files: Every file that decides the result (config, index, weights), for digests.
+        adapters: Those that were merged into the tensors, in their order; their files are not among ``files``.
     """
 
     path: Path
@@ -34,6 +38,7 @@ class Checkpoint:
     experts: Experts
     sidecars: tuple[Path, ...]
     files: tuple[Path, ...]
+    adapters: tuple[AppliedAdapter, ...] = ()
 
 
 @dataclass(frozen=True)

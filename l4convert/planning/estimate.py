@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.adapters import is_merged
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
 from l4convert.emit.jobs import group_jobs
 from l4convert.emit.plan import PlannedTensor, WeightsPlan
@@ -100,7 +101,7 @@ def estimate_time(plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, jobs: 
     largest = {_work(group, recipe): group for group in sorted(sample.groups, key=group_elements)}
     budget = SECONDS / (len(elements) + 0.2)
     with _scratch(folder) as descriptor:
-        rates = {work: _rate(largest[work], descriptor, budget) for work in elements}
+        rates = {work: _rate(largest.get(work) or _similar(largest, work), descriptor, budget) for work in elements}
     weights = plan.written_bytes + sum(planned.nbytes for planned in plan.shared)
     return TimePlan(elements, rates, jobs, weights, _digest_rate(budget / 5))
 
@@ -117,7 +118,13 @@ def _by_work(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:
 def _work(group: Sequence[PlannedTensor], recipe: Recipe) -> str:
     """What is done to a group: its scheme, told apart where scales are computed without their values."""
     kind, scheme = classify(group[0], recipe)
-    return f"{scheme} scales" if kind == SCALES else scheme
+    merged = " of merged weights" if any(is_merged(planned.tensor) for planned in group) else ""
+    return (f"{scheme} scales" if kind == SCALES else scheme) + merged
+
+
+def _similar(largest: Mapping[str, tuple[PlannedTensor, ...]], work: str) -> tuple[PlannedTensor, ...]:
+    """The same work where adapters change some layers only and the sample has the others."""
+    return next(group for name, group in largest.items() if work.startswith(name) or name.startswith(work))
 
 
 def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> float:

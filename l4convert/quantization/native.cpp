@@ -18,6 +18,7 @@
 
 constexpr int STRIP = 32; /* columns worked on together: a strip of a block stays in a core's first-level cache */
 constexpr int MAX_BLOCK = 128;
+constexpr int MAX_RANKS = 64;
 constexpr float UNIT = 8192.0f; /* steps of an element while a scale is searched */
 constexpr float SMALLER = 1.0f / 4096; /* keeps sums of large weights finite */
 constexpr int INFINITY_BITS = 0x7F800000;
@@ -172,6 +173,13 @@ EXPORT int l4_fp8(const uint8_t *data, int64_t rows, int64_t columns, int64_t st
     return SELECT(fp8, &matrix, bf16, by_column, scales, out);
 }
 
+/* Returns -1 for too many ranks. */
+EXPORT int l4_product(float *total, const float *left, const float *right, int64_t rows, int64_t columns, int64_t ranks,
+                      int level)
+{
+    return ranks > MAX_RANKS ? -1 : SELECT(product, total, left, right, rows, columns, ranks);
+}
+
 /* Groups of 64 codes, two a byte: slot s of a group takes code order[s]. Bytes are unpacked first: a look-up each. */
 EXPORT void l4_reorder(const uint8_t *from, uint8_t *to, int64_t groups, const uint8_t *order)
 {
@@ -187,4 +195,4 @@ EXPORT void l4_reorder(const uint8_t *from, uint8_t *to, int64_t groups, const u
 }
 
 /* Counts changes of this interface and of the results; native.py refuses a library of another count. */
-EXPORT int l4_interface(void) { return 3; }
+EXPORT int l4_interface(void) { return 4; }

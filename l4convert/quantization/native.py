@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-_INTERFACE = 3
+_INTERFACE = 4
 
 # The highest instruction set to use (x86-64: 0 SSE2, 1 AVX2, 2 AVX-512), where the machine has it.
 _LEVEL = 2
@@ -25,6 +25,7 @@ _SIGNATURES = {
     "l4_int4": [_ADDRESS, *4 * [_SIZE], *5 * [_INT], _ADDRESS, _ADDRESS],
     "l4_magnitudes": [_ADDRESS, *3 * [_SIZE], *3 * [_INT], _ADDRESS],
     "l4_reorder": [_ADDRESS, _ADDRESS, _SIZE, _ADDRESS],
+    "l4_product": [*3 * [_ADDRESS], *3 * [_SIZE], _INT],
     "l4_fp8": [_ADDRESS, *3 * [_SIZE], *3 * [_INT], _ADDRESS, _ADDRESS],
 }
 
@@ -124,6 +125,28 @@ def fp8(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
         values.ctypes.data,
     )
     return values.T if by_column else values
+
+
+#: The most ranks that :func:`add_product` takes.
+MAX_RANKS = 64
+
+
+def add_product(total: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """Add a product of factors, as :func:`.lowrank.add_product`.
+
+    Args:
+        total: float32 [N, M], C order; changed in place.
+        left: float32 [N, r], C order; r is at most :data:`MAX_RANKS`.
+        right: float32 [r, M], C order.
+    """
+    assert _library is not None
+    (rows, ranks), columns = left.shape, right.shape[1]
+    arrays = (total, left, right)
+    if not all(array.flags.c_contiguous and array.dtype == np.float32 for array in arrays):
+        raise ValueError("factors and their product must be float32 in C order")
+    if total.shape != (rows, columns) or right.shape[0] != ranks or ranks > MAX_RANKS:
+        raise ValueError(f"no product of {left.shape} and {right.shape} in {total.shape}")
+    _library.l4_product(*(array.ctypes.data for array in arrays), rows, columns, ranks, _LEVEL)
 
 
 #: Codes in the groups that :func:`reorder` takes.
