@@ -25,10 +25,12 @@ class Checkpoint:
         format: Name of the row of ``FORMATS`` that read it.
         config: The text decoder's hyperparameters.
         tensors: Canonical name (see :mod:`l4convert.checkpoint.names`) to tensor (BF16, F16 or F32), in model order.
+            Those that are stored quantized are F32, exactly (:mod:`l4convert.checkpoint.prequantized`).
         experts: ``stacked``: one [E, in, out] tensor a projection; ``unfused``: one [out, in] weight an expert.
         sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
         files: Every file that decides the result (config, index, weights), for digests.
         adapters: Those that were merged into the tensors, in their order; their files are not among ``files``.
+        quantization: How the checkpoint stores its weights quantized, in words; None: it does not.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Checkpoint:
     sidecars: tuple[Path, ...]
     files: tuple[Path, ...]
     adapters: tuple[AppliedAdapter, ...] = ()
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
