@@ -15,11 +15,9 @@ from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.adapters import AppliedAdapter
 from l4convert.checkpoint.parameters import parameter_counts
 from l4convert.conversion import Conversion
-from l4convert.emit import Filling, source_digests, write_artifact
-from l4convert.emit.digest import file_digest
+from l4convert.emit import Filling, adapter_digests, source_digests, write_artifact
 from l4convert.emit.memory import parse_size
 from l4convert.emit.plan import WEIGHTS_FILE
-from l4convert.emit.staging import reported
 from l4convert.emit.write import MODEL_FILE, manifest_reserve, serialize_model
 from l4convert.graph_passes import PassReport
 from l4convert.options import ConvertOptions, HowOptions, PlanOptions
@@ -245,30 +243,15 @@ def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
 
 
 def _adapters(adapters: Sequence[AppliedAdapter], progress: Progress) -> dict[str, Any]:
-    """What the manifest says of them; nothing where there are none.
-
-    Their files are digested whole, also large ones: two adapters of one training differ in nothing else.
-    """
+    """What the manifest says of them; nothing where there are none."""
     if not adapters:
         return {}
     with progress.task("Identifying the adapters", total=len(adapters), unit="adapters") as task:
         entries = []
         for adapter in adapters:
-            digests = {file.name: file_digest_of(file) for file in adapter.files}
-            entries.append({**adapter.to_dict(), "files": digests})
+            entries.append({**adapter.to_dict(), "files": adapter_digests(adapter)})
             task.advance(1)
     return {"adapters": entries}
-
-
-def file_digest_of(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file of the source.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    with reported(f"{path}: cannot be read"):
-        size, digest = file_digest(path)
-    return {"bytes": size, "sha256": digest}
 
 
 def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:

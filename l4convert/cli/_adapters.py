@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from l4convert.checkpoint.adapters import AppliedAdapter
+from l4convert.checkpoint.text import show
 
 
 def adapters_payload(adapters: Sequence[AppliedAdapter]) -> list[dict[str, Any]]:
@@ -27,4 +28,5 @@ def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, object]]:
 def _entry(entry: Any) -> str:
     if not isinstance(entry, dict):
         return "(unreadable)"
-    return f"{entry.get('folder')}: merged into {entry.get('merged')} tensors, {entry.get('replaced')} replaced"
+    merged, replaced = show(entry.get("merged")), show(entry.get("replaced"))
+    return f"{show(entry.get('folder'))}: merged into {merged} tensors, {replaced} replaced"

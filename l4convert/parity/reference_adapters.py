@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.adapters import Adapter, adapter_layout, open_adapter
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import find_experts
 from l4convert.checkpoint.text import show
 from l4convert.errors import InputError, backend_missing
@@ -24,7 +24,7 @@ def merge_with_peft(model: Any, checkpoint: Checkpoint) -> Any:
         checkpoint: With ``adapters``.
 
     Returns:
-        ``model``: peft's merge in float32, then rounded to the types in which the checkpoint has its weights.
+        ``model``: peft's merge, then rounded to the types in which the checkpoint has its weights.
 
     Raises:
         BackendMissing: peft is not installed.
@@ -53,6 +53,7 @@ def merge_with_peft(model: Any, checkpoint: Checkpoint) -> Any:
 
 def _merge(model: Any, adapter: Adapter, checkpoint: Checkpoint) -> None:
     import peft
+    from peft.tuners.lora import LoraLayer
 
     layout = adapter_layout(adapter)
     if _has_old_experts(adapter, checkpoint):
@@ -60,9 +61,27 @@ def _merge(model: Any, adapter: Adapter, checkpoint: Checkpoint) -> None:
             if hasattr(layer.feed_forward, "experts"):
                 layer.feed_forward.experts.is_transposed = True  # how peft is told of the order before its 0.19
     holder = _as_trained(model, layout.name)
-    merged = peft.PeftModel.from_pretrained(holder, str(adapter.path)).merge_and_unload()
+    adapted = peft.PeftModel.from_pretrained(holder, str(adapter.path)).eval()
+    for layer in [module for module in adapted.modules() if isinstance(module, LoraLayer)]:
+        _merge_exactly(layer)
+    merged = adapted.merge_and_unload()
     if layout.name == "model.language_model":
         model.lm_head = merged.lm_head  # peft puts another layer in its place; all others are inside of model.model
+
+
+def _merge_exactly(layer: Any) -> None:
+    """Have peft merge a layer in float64, and keep the result in float32.
+
+    In narrower types peft rounds an embedding's or an expert's update before it adds it, and a linear layer's not.
+    """
+    base, name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
+        factors.double()
+    weight = getattr(base, name)
+    weight.data = weight.data.double()
+    layer.merge()
+    weight = getattr(base, name)
+    weight.data = weight.data.float()
 
 
 def _as_trained(model: Any, layout: str) -> Any:
@@ -109,7 +128,15 @@ def _round(model: Any, checkpoint: Checkpoint) -> None:
     """One rounding to the checkpoint's types, as the conversion does; weights that no adapter changed stay."""
     import torch
 
-    types = {_PLAIN_TYPES.get(tensor.dtype.name) for name, tensor in checkpoint.tensors.items() if "_proj" in name}
-    for parameter in model.parameters():
-        if len(types) == 1 and (name := next(iter(types))) is not None:
-            parameter.data = parameter.data.to(getattr(torch, name)).float()
+    for name, parameter in model.named_parameters():
+        stored = _PLAIN_TYPES.get(_stored(name, checkpoint).dtype.name)
+        if stored is not None:
+            parameter.data = parameter.data.to(getattr(torch, stored)).float()
+
+
+def _stored(name: str, checkpoint: Checkpoint) -> LazyTensor:
+    """The checkpoint's tensor of this name; of a stack that it has one by one, the first expert's."""
+    if name in checkpoint.tensors:
+        return checkpoint.tensors[name]
+    first = name.rpartition(".")[0] + ".0."
+    return next(tensor for other, tensor in checkpoint.tensors.items() if other.startswith(first))

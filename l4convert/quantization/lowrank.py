@@ -1,4 +1,4 @@
-"""The product of low-rank factors, in one order of sums on every machine."""
+"""Low-rank updates of a matrix, with the same result on every machine and whatever part is computed at a time."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import numpy as np
 
 from l4convert.quantization import native
 
-#: The most ranks of one call.
-MAX_RANKS = native.MAX_RANKS
 
+def add_low_rank(total: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:
+    """``total += scale * left @ right`` in place, in float64, then rounded to float32 once.
 
-def add_product(total: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Add ``left @ right`` to ``total`` in place: for k from 0 on, ``total += left[:, k] * right[k]``.
-
-    Every product and every sum is rounded to float32, so the result depends neither on the machine nor on which part
-    of a matrix is computed at a time.
+    Factors are float32 or narrower, as stored, so products are exact; sums go from the first rank to the last.
 
     Args:
-        total: float32 [N, M], C order.
-        left: float32 [N, r], C order; r is at most :data:`MAX_RANKS`.
-        right: float32 [r, M], C order.
+        total: float32 [N, M] with contiguous rows.
+        left: float64 [N, r], C order, of values that float32 has.
+        right: float64 [r, M], likewise.
+        scale: Of the product.
     """
     if native.AVAILABLE:
-        native.add_product(total, left, right)
+        native.add_low_rank(total, left, right, scale)
     else:
-        add_product_in_numpy(total, left, right)
+        add_low_rank_in_numpy(total, left, right, scale)
 
 
-def add_product_in_numpy(total: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """:func:`add_product` by NumPy; the definition."""
+def add_low_rank_in_numpy(total: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:
+    """:func:`add_low_rank` by NumPy; the definition."""
+    product = np.zeros(total.shape)
     for column, row in zip(left.T, right, strict=True):
-        total += column[:, None] * row
+        product += column[:, None] * row
+    total[...] = total + scale * product

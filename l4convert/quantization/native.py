@@ -25,7 +25,7 @@ _SIGNATURES = {
     "l4_int4": [_ADDRESS, *4 * [_SIZE], *5 * [_INT], _ADDRESS, _ADDRESS],
     "l4_magnitudes": [_ADDRESS, *3 * [_SIZE], *3 * [_INT], _ADDRESS],
     "l4_reorder": [_ADDRESS, _ADDRESS, _SIZE, _ADDRESS],
-    "l4_product": [*3 * [_ADDRESS], *3 * [_SIZE], _INT],
+    "l4_lowrank": [_ADDRESS, _SIZE, *2 * [_ADDRESS], *3 * [_SIZE], ctypes.c_double, _ADDRESS, _INT],
     "l4_fp8": [_ADDRESS, *3 * [_SIZE], *3 * [_INT], _ADDRESS, _ADDRESS],
 }
 
@@ -127,26 +127,38 @@ def fp8(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return values.T if by_column else values
 
 
-#: The most ranks that :func:`add_product` takes.
-MAX_RANKS = 64
+# Columns that are worked on together, at most (native_lowrank.h, COLUMNS).
+_PACKED_COLUMNS = 32
 
 
-def add_product(total: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Add a product of factors, as :func:`.lowrank.add_product`.
+def add_low_rank(total: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:
+    """Add a scaled product of factors, as :func:`.lowrank.add_low_rank`.
 
     Args:
-        total: float32 [N, M], C order; changed in place.
-        left: float32 [N, r], C order; r is at most :data:`MAX_RANKS`.
-        right: float32 [r, M], C order.
+        total: float32 [N, M] with contiguous rows; changed in place.
+        left: float64 [N, r], C order.
+        right: float64 [r, M], C order.
+        scale: Of the product.
     """
     assert _library is not None
     (rows, ranks), columns = left.shape, right.shape[1]
-    arrays = (total, left, right)
-    if not all(array.flags.c_contiguous and array.dtype == np.float32 for array in arrays):
-        raise ValueError("factors and their product must be float32 in C order")
-    if total.shape != (rows, columns) or right.shape[0] != ranks or ranks > MAX_RANKS:
-        raise ValueError(f"no product of {left.shape} and {right.shape} in {total.shape}")
-    _library.l4_product(*(array.ctypes.data for array in arrays), rows, columns, ranks, _LEVEL)
+    if not all(factor.flags.c_contiguous and factor.dtype == np.float64 for factor in (left, right)):
+        raise ValueError("factors must be float64 in C order")
+    if total.shape != (rows, columns) or right.shape[0] != ranks or total.dtype != np.float32:
+        raise ValueError(f"no product of {left.shape} and {right.shape} in {total.dtype} {total.shape}")
+    if columns > 1 and total.strides[1] != total.itemsize:
+        raise ValueError("rows must be contiguous")
+    packed = np.empty(ranks * _PACKED_COLUMNS)
+    _library.l4_lowrank(
+        total.ctypes.data,
+        total.strides[0] // total.itemsize,
+        left.ctypes.data,
+        right.ctypes.data,
+        *(rows, columns, ranks),
+        scale,
+        packed.ctypes.data,
+        _LEVEL,
+    )
 
 
 #: Codes in the groups that :func:`reorder` takes.

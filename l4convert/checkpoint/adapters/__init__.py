@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,14 +15,24 @@ from l4convert.checkpoint.adapters.applied import AppliedAdapter
 from l4convert.checkpoint.adapters.config import MERGE_HINT
 from l4convert.checkpoint.adapters.contents import Adapter, is_adapter, open_adapter
 from l4convert.checkpoint.adapters.merged import Merged, Update, is_merged
-from l4convert.checkpoint.adapters.targets import EMBEDDINGS, HEAD, Base, Targets
+from l4convert.checkpoint.adapters.targets import EMBEDDINGS, HEAD, Base, Scales, Targets
 from l4convert.checkpoint.base import Checkpoint
 from l4convert.checkpoint.lazy import LazyTensor, Reshaped, cast
 from l4convert.checkpoint.names import Layout, Shape, expected_tensors, find_experts, find_layout
 from l4convert.checkpoint.text import show
 from l4convert.errors import InputError
 
-__all__ = ["Adapter", "AppliedAdapter", "adapter_layout", "is_adapter", "is_merged", "merge_adapters", "merged_alike", "open_adapter"]
+__all__ = [
+    "Adapter",
+    "AppliedAdapter",
+    "adapter_layout",
+    "adapter_scales",
+    "is_adapter",
+    "is_merged",
+    "merge_adapters",
+    "merged_alike",
+    "open_adapter",
+]
 
 
 N = TypeVar("N", int, float)
@@ -64,7 +74,9 @@ def merged_alike(
     for name, tensor in tensors.items():
         if (model := merged.get(_LAYER.sub("", name))) is not None and tensor.dims == model.dims:
             pairs = [factors({"A": u.left.dims, "B": u.right.dims}, u.left.dtype) for u in model.updates]
-            updates = [dataclasses.replace(u, left=p["A"], right=p["B"]) for u, p in zip(model.updates, pairs, strict=True)]
+            updates = [
+                dataclasses.replace(u, left=p["A"], right=p["B"]) for u, p in zip(model.updates, pairs, strict=True)
+            ]
             result[name] = Merged(tensor, updates)
     return result
 
@@ -72,6 +84,18 @@ def merged_alike(
 def adapter_layout(adapter: Adapter) -> Layout:
     """How an adapter names the text decoder's modules."""
     return find_layout([*(place.module for place in adapter.pairs), *adapter.whole])
+
+
+def adapter_scales(adapter: Adapter) -> Iterator[tuple[str, int, float]]:
+    """What each pair of an adapter changes, by its name in training, with its rank and scale.
+
+    Raises:
+        InputError: A pattern of the config is not usable.
+    """
+    scales = Scales(adapter.config)
+    for place in adapter.pairs:
+        name = scales.name_of(place)
+        yield name, *scales.find(name)
 
 
 def _merged(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:

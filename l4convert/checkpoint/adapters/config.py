@@ -27,8 +27,8 @@ MERGE_HINT = "merge it with peft (merge_and_unload), save the model, and convert
 # Say how the adapter was trained or initialised, where that left the base as it was.
 _NO_EFFECT = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
-    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
-    "task_type",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
 })  # fmt: skip
 # Change the merged weight, or the model, in a way of their own.
 _REFUSED: Mapping[str, str] = {

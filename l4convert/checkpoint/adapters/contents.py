@@ -14,7 +14,7 @@ from pathlib import Path
 
 from l4convert.checkpoint.adapters.config import CONFIG, MERGE_HINT, AdapterConfig, read_adapter_config
 from l4convert.checkpoint.names import is_vision
-from l4convert.checkpoint.safetensors_file import DTYPES, SAFETENSORS_NAMES, Stored, open_safetensors
+from l4convert.checkpoint.safetensors_file import SAFETENSORS_NAMES, Stored, open_safetensors
 from l4convert.checkpoint.text import show
 from l4convert.errors import InputError
 
@@ -106,7 +106,9 @@ def _require_folder(path: Path) -> None:
         raise InputError(f"{show(path)}: not a folder", f"give the folder that holds {CONFIG} and {WEIGHTS}")
     if not (path / CONFIG).exists():
         inner = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
-        hint = f"give the adapter's folder, such as {show(path / inner[0])}" if inner else f"an adapter has {WEIGHTS} too"
+        hint = (
+            f"give the adapter's folder, such as {show(path / inner[0])}" if inner else f"an adapter has {WEIGHTS} too"
+        )
         raise InputError(f"{show(path)}: not an adapter: it has no {CONFIG}", hint)
 
 

@@ -1,9 +1,9 @@
 """Weights with low-rank updates added, computed tile by tile.
 
 The arithmetic is fixed to the bit, so that the same bytes are written on every machine and whatever the tiles:
-``base + scale * sum_k B[:, k] * A[k]`` with every product and sum rounded to float32, sums in the order of k, updates in
-the order of the adapters, and one rounding to the base's dtype at the end. docs/adr/0025-adapters.md compares it with
-what peft does.
+``base + scale * B @ A`` is computed in float64 (:mod:`l4convert.quantization.lowrank`) and kept in float32 from one
+adapter to the next; at the end it is rounded to the base's dtype, once. docs/adr/0025-adapters.md compares it with what
+peft does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import numpy as np
 
 from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.errors import InputError
-from l4convert.quantization.lowrank import MAX_RANKS, add_product
+from l4convert.quantization.lowrank import add_low_rank
+
+# Elements of a factor that are held at a time, so that memory is bounded whatever the rank.
+_FACTOR_ELEMENTS = 1 << 18
+_LEAST = 32
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Update:
     Attributes:
         left: [..., N, r].
         right: [..., r, m]; m is M, or less where the update is of some columns.
-        scale: Rounded to float32 before it is used.
+        scale: Of the product.
         batch: The matrix of the weight that it is for; None: each has its own factors.
         first: The first of the m columns.
     """
@@ -42,14 +46,14 @@ class Update:
         if start >= stop or (self.batch is not None and batch != self.batch):
             return
         own = batch if self.batch is None else 0
-        inner = slice(start - self.first, stop - self.first)
-        product = np.zeros((rows.stop - rows.start, stop - start), np.float32)
-        for ranks in _steps(self.left.matrix[2]):
-            left = _factor(self.left, own, rows, ranks)
+        ranks = slice(0, self.left.matrix[2])
+        step = max(_LEAST, _FACTOR_ELEMENTS // max(1, ranks.stop))
+        for some_cols in _steps(start, stop, step):
+            inner = slice(some_cols.start - self.first, some_cols.stop - self.first)
             right = _factor(self.right, own, ranks, inner)
-            add_product(product, left, right)
-        product *= np.float32(self.scale)
-        total[:, start - cols.start : stop - cols.start] += product
+            for some_rows in _steps(rows.start, rows.stop, step):
+                part = total[_from(some_rows, rows), _from(some_cols, cols)]
+                add_low_rank(part, _factor(self.left, own, some_rows, ranks), right, self.scale)
 
 
 class Merged(Derived):
@@ -128,18 +132,21 @@ class Columns(Derived):
         return self.parts[0].tile(batch, rows, slice(self._first + cols.start, self._first + cols.stop))
 
 
-def _steps(ranks: int) -> Iterator[slice]:
-    """As many ranks as are multiplied at a time, which bounds the memory that factors take."""
-    return (slice(start, min(start + MAX_RANKS, ranks)) for start in range(0, ranks, MAX_RANKS))
+def _steps(start: int, stop: int, step: int) -> Iterator[slice]:
+    return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
+
+
+def _from(part: slice, whole: slice) -> slice:
+    return slice(part.start - whole.start, part.stop - whole.start)
 
 
 def _factor(factor: LazyTensor, batch: int, rows: slice, cols: slice) -> np.ndarray:
-    """A tile of a factor, float32, C order.
+    """A tile of a factor, float64, C order.
 
     Raises:
         InputError: It is not finite; names the adapter's tensor.
     """
-    tile = np.ascontiguousarray(factor.tile(batch, rows, cols), np.float32)
+    tile = np.ascontiguousarray(factor.tile(batch, rows, cols), np.float64)
     if not np.isfinite(tile).all():
         broken = tile.size - int(np.count_nonzero(np.isfinite(tile)))
         raise InputError(

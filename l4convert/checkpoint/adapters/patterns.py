@@ -32,7 +32,7 @@ class Patterns(Generic[T]):
 
     def __init__(self, values: Mapping[str, T], where: str) -> None:
         self._where = where
-        self._values = dict(values)
+        self._values: dict[str, T] = dict(values)
         self._plain = {key: re.compile(_whole(key)) for key in values if _PLAIN.fullmatch(key)}
         try:
             self._others = {key: patterns.Patterns([f"re:{_whole(key)}"]) for key in values if key not in self._plain}

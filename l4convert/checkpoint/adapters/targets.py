@@ -49,6 +49,41 @@ class Base:
     unfused: bool
 
 
+class Scales:
+    """Rank and scale of whatever an adapter changes.
+
+    Args:
+        config: The adapter's.
+
+    Raises:
+        InputError: A pattern is not usable.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self._config = config
+        self._ranks = Patterns(config.rank_pattern, f"{config.file}: rank_pattern")
+        self._alphas = Patterns(config.alpha_pattern, f"{config.file}: alpha_pattern")
+
+    def find(self, name: str) -> tuple[int, float]:
+        """Of a module, or a parameter that ``target_parameters`` lists, by the name it had in training."""
+        rank = self._ranks.find(name, self._config.rank)
+        return rank, self._config.scale(rank, self._alphas.find(name, self._config.alpha))
+
+    def name_of(self, place: Place) -> str:
+        """The name of what a pair changes: a parameter where it is listed as one, else the module."""
+        if place.module.endswith(_EXPERTS):
+            adapted = [one for one in _PARAMETERS if self.lists(f"{place.module}.{one}")]
+            # The one that was wrapped last is the outermost.
+            outer = len(adapted) - 1 - place.depth
+            return f"{place.module}.{adapted[outer]}" if outer >= 0 else place.module
+        weight = f"{place.module}.weight"
+        return weight if self.lists(weight) else place.module
+
+    def lists(self, name: str) -> bool:
+        """Whether ``target_parameters`` has a tensor, whole or by its end (peft's ``_inject_parameters``)."""
+        return any(name == one or name.endswith(f".{one}") for one in self._config.parameters)
+
+
 class Targets:
     """Finds what each pair of an adapter changes.
 
@@ -60,8 +95,7 @@ class Targets:
     def __init__(self, adapter: Adapter, base: Base) -> None:
         self.adapter, self.base = adapter, base
         self.config: AdapterConfig = adapter.config
-        self._ranks = Patterns(self.config.rank_pattern, f"{self.config.file}: rank_pattern")
-        self._alphas = Patterns(self.config.alpha_pattern, f"{self.config.file}: alpha_pattern")
+        self._scales = Scales(adapter.config)
 
     def updates(self, place: Place) -> Iterator[tuple[str, Update]]:
         """Canonical names of the tensors that a pair changes, each with its update.
@@ -93,8 +127,7 @@ class Targets:
         return (hidden, width) if match[3] == "down" else (width, hidden)
 
     def _linear(self, place: Place, name: str, shape: Shape, a: Stored, b: Stored) -> Iterator[tuple[str, Update]]:
-        parameter = _listed(name, self.config.parameters, self.base.layout)
-        rank, scale = self._scale(f"{place.module}.weight" if parameter else place.module)
+        rank, scale = self._scales.find(self._scales.name_of(place))
         if place.embedding and name != EMBEDDINGS:
             raise InputError(f"{_where(a)} is of an embedding, which '{show(place.module)}' is not", self._other_base())
         rows, cols = (shape[1], shape[0]) if place.embedding else shape
@@ -106,21 +139,20 @@ class Targets:
             yield _into_stack(name, shape, Update(left, right, scale))
 
     def _experts(self, place: Place, experts: str, a: Stored, b: Stored) -> Iterator[tuple[str, Update]]:
-        adapted = [p for p in _PARAMETERS if _listed(f"{experts}.{p}", self.config.parameters, self.base.layout)]
-        # The last one is outermost. Where nothing is listed there is nothing that says which one it is.
-        outer = len(adapted) - 1 - place.depth
-        stack = self.base.stacked.get(f"{experts}.{adapted[outer]}") if outer >= 0 else None
+        trained = self._scales.name_of(place)
+        parameter = trained.rpartition(".")[2]
+        name = f"{experts}.{parameter}"
+        stack = self.base.stacked.get(name)
         if stack is None or place.embedding:
             why = "target_parameters does not list so many parameters of it" if stack is None else "it is no embedding"
             raise InputError(f"{_where(a)} is for '{show(place.module)}': {why}", f"see {self.config.file}")
-        name = f"{experts}.{adapted[outer]}"
-        rank, scale = self._scale(f"{place.module}.{adapted[outer]}")
+        rank, scale = self._scales.find(trained)
         left, right = self._stacks(a, b, rank, name, stack)
         if not self.base.unfused:
             yield name, Update(left, right, scale)
             return
         for expert in range(stack[0]):
-            yield from _out_of_stack(experts, expert, adapted[outer], Member(left, expert), Member(right, expert), scale)
+            yield from _out_of_stack(experts, expert, parameter, Member(left, expert), Member(right, expert), scale)
 
     def _stacks(self, a: Stored, b: Stored, rank: int, name: str, stack: Shape) -> tuple[LazyTensor, LazyTensor]:
         """Factors [E, n, r] and [E, r, m] of a stack of experts [E, n, m]."""
@@ -132,11 +164,6 @@ class Targets:
         self._require_shapes(a, b, *new, name, stack)
         return EveryNth(b, count), Split(a, count)
 
-    def _scale(self, module: str) -> tuple[int, float]:
-        """Rank and scale of a module, or of a parameter, by the name it had in training."""
-        rank = self._ranks.find(module, self.config.rank)
-        return rank, self.config.scale(rank, self._alphas.find(module, self.config.alpha))
-
     def _require_shapes(self, a: Stored, b: Stored, a_shape: Shape, b_shape: Shape, name: str, shape: Shape) -> None:
         for tensor, wanted in ((a, a_shape), (b, b_shape)):
             if tensor.dims != wanted:
@@ -147,12 +174,6 @@ class Targets:
         base = self.config.base
         trained = f"the adapter was trained on {show(base)!r}" if base else "the adapter may be another model's"
         return f"{trained}; its ranks and targets are in {self.config.file}"
-
-
-def _listed(name: str, parameters: tuple[str, ...], layout: Layout) -> bool:
-    """Whether ``target_parameters`` names a tensor, whole or by its end (peft's ``_inject_parameters``)."""
-    stored = layout.stored(name)
-    return any(stored == one or stored.endswith(f".{one}") for one in parameters)
 
 
 def _into_stack(name: str, shape: Shape, update: Update) -> tuple[str, Update]:
