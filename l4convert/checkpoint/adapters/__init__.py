@@ -19,6 +19,7 @@ from l4convert.checkpoint.adapters.targets import EMBEDDINGS, HEAD, Base, Scales
 from l4convert.checkpoint.base import Checkpoint
 from l4convert.checkpoint.lazy import LazyTensor, Reshaped, cast
 from l4convert.checkpoint.names import Layout, Shape, expected_tensors, find_experts, find_layout
+from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.checkpoint.text import show
 from l4convert.errors import InputError
 
@@ -122,6 +123,7 @@ def _merged(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
         scales=_counts(update.scale for those in updates.values() for update in those),
         merged=tuple(updates),
         replaced=tuple(name for name in whole if name not in updates),
+        dequantized=tuple(name for name in {**whole, **updates} if any(quantized_parts(checkpoint.tensors[name]))),
         vision=adapter.vision,
     )
     return dataclasses.replace(checkpoint, tensors=tensors, adapters=(*checkpoint.adapters, applied))
