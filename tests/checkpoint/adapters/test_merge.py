@@ -10,6 +10,7 @@ import torch
 
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.checkpoint.adapters import merge_adapters
+from l4convert.checkpoint.safetensors_file import Stored
 from tests.adapters import PARAMETERS, as_torch, edit_config, edit_weights, merged_by_peft, randomize, write_adapter
 from tests.checkpoints import MAVERICK, unfuse, write_random_checkpoint
 
@@ -67,6 +68,8 @@ def test_every_weight_is_what_peft_merges_rounded_once(base: Path, tmp_path: Pat
         assert torch.equal(tensor, theirs[name].float().bfloat16().float()), name
     applied = checkpoint.adapters[0]
     assert {*applied.merged, *applied.replaced} == changed(base, ours) != set()
+    # Their bytes are in no file of the checkpoint, which an artifact could share.
+    assert not any(isinstance(checkpoint.tensors[name], Stored) for name in changed(base, ours))
 
 
 @pytest.mark.parametrize("kind", ["linear", "embeddings", "experts"])
