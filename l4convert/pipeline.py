@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.adapters import AppliedAdapter
 from l4convert.checkpoint.parameters import parameter_counts
+from l4convert.checkpoint.prequantized import stored_bytes
 from l4convert.conversion import Conversion
 from l4convert.emit import Filling, adapter_digests, source_digests, write_artifact
 from l4convert.emit.memory import parse_size
@@ -228,7 +229,7 @@ def _filling(options: HowOptions) -> Filling:
 
 
 def _source_bytes(checkpoint: Checkpoint) -> int:
-    return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return sum(stored_bytes(tensor) for tensor in checkpoint.tensors.values())
 
 
 def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
@@ -257,7 +258,11 @@ def _adapters(adapters: Sequence[AppliedAdapter], progress: Progress) -> dict[st
 def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     checkpoint = conversion.checkpoint
     return {
-        "source": {"format": checkpoint.format, "files": source_digests(checkpoint.files, progress)},
+        "source": {
+            "format": checkpoint.format,
+            **({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization}),
+            "files": source_digests(checkpoint.files, progress),
+        },
         **_adapters(checkpoint.adapters, progress),
         "config": dataclasses.asdict(checkpoint.config),
         "target": conversion.target.name,
@@ -267,7 +272,12 @@ def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progres
         "compute": conversion.compute,
         "calls": conversion.target.calls,
         "passes": [
-            {"name": r.name, "fired": r.fired, "skipped": dict(Counter(reason for _, reason in r.skipped))}
+            {
+                "name": r.name,
+                "fired": r.fired,
+                "skipped": dict(Counter(reason for _, reason in r.skipped)),
+                **({"notes": dict(Counter(remark for _, remark in r.notes))} if r.notes else {}),
+            }
             for r in conversion.reports
         ],
     }

@@ -42,6 +42,7 @@ class Prequantized(Derived):
         zero_points: Codes [..., N, ceil(K / block_size)] that stand for 0; None: 0 does.
         groups: Integers [K]: which column of ``scales`` each column of ``values`` has, where that is not
             ``k // block_size`` (activation order).
+        activations: The checkpoint means the inputs of the product to be rounded to FP8, too, token by token.
     """
 
     def __init__(
@@ -51,14 +52,38 @@ class Prequantized(Derived):
         block_size: int,
         zero_points: LazyTensor | None = None,
         groups: LazyTensor | None = None,
+        activations: bool = False,
     ) -> None:
         blocks = -(-values.dims[-1] // block_size)
         if scales.dims != (*values.dims[:-1], blocks):
             raise ValueError(f"scales {scales.dims} do not fit values {values.dims} in blocks of {block_size}")
-        parts = [part for part in (values, scales, zero_points, groups) if part is not None]
-        super().__init__(parts, ir.DataType.FLOAT, values.dims, values.matrix)
-        self.values, self.scales, self.block_size = values, scales, block_size
-        self.zero_points, self.groups = zero_points, groups
+        given = {"values": values, "scales": scales, "zero_points": zero_points, "groups": groups}
+        self._places = tuple(name for name, part in given.items() if part is not None)
+        super().__init__([part for part in given.values() if part is not None], ir.DataType.FLOAT, values.dims)
+        self.block_size, self.activations = block_size, activations
+
+    @property
+    def values(self) -> LazyTensor:
+        """The codes."""
+        return self.parts[0]
+
+    @property
+    def scales(self) -> LazyTensor:
+        """Their scales."""
+        return self.parts[1]
+
+    @property
+    def zero_points(self) -> LazyTensor | None:
+        """The codes that stand for 0."""
+        return self._part("zero_points")
+
+    @property
+    def groups(self) -> LazyTensor | None:
+        """Which scale each column has."""
+        return self._part("groups")
+
+    def _part(self, name: str) -> LazyTensor | None:
+        return dict(zip(self._places, self.parts, strict=True)).get(name)
 
     @property
     def origin(self) -> str:
@@ -79,19 +104,21 @@ class Prequantized(Derived):
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         columns, blocks = self._columns(cols)
         product = self.values.tile(batch, rows, cols).astype(np.float32)
-        if self.zero_points is not None:
-            product -= self.zero_points.tile(batch, rows, blocks).astype(np.float32)[:, columns]
+        zero_points = self.zero_points
+        if zero_points is not None:
+            product -= zero_points.tile(batch, rows, blocks).astype(np.float32)[:, columns]
         product *= self.scales.tile(batch, rows, blocks).astype(np.float32)[:, columns]
         return product
 
     def _columns(self, cols: slice) -> tuple[np.ndarray, slice]:
         """Where the scales of these columns are, in the block of scales that is to be read."""
-        if self.groups is None:
+        groups = self.groups
+        if groups is None:
             blocks = slice(cols.start // self.block_size, -(-cols.stop // self.block_size))
             return np.arange(cols.start, cols.stop) // self.block_size - blocks.start, blocks
-        columns, count = self.groups.tile(0, slice(0, 1), cols)[0], self.scales.matrix[2]
+        columns, count = groups.tile(0, slice(0, 1), cols)[0], self.scales.matrix[2]
         if columns.size and not 0 <= columns.min() <= columns.max() < count:
-            raise InputError(f"{self.groups.origin} names groups beyond the {count} that have scales")
+            raise InputError(f"{groups.origin} names groups beyond the {count} that have scales")
         return columns, slice(0, count)
 
 
@@ -103,11 +130,13 @@ class Carried:
         values: INT4 or FLOAT8E4M3FN [..., N, K].
         scales: BF16, F16 or FLOAT [..., N, ceil(K / block_size)].
         block_size: Elements along K that share a scale; K: one scale a row.
+        activations: Whether inputs are meant to be rounded to FP8, too.
     """
 
     values: LazyTensor
     scales: LazyTensor
     block_size: int
+    activations: bool = False
 
 
 def carried(tensor: LazyTensor) -> Carried | None:
@@ -127,6 +156,13 @@ def quantized_parts(tensor: LazyTensor) -> Iterator[Prequantized]:
             yield from quantized_parts(part)
 
 
+def stored_bytes(tensor: LazyTensor) -> int:
+    """What a weight takes in the checkpoint: of one that is stored quantized, its codes and scales."""
+    if isinstance(tensor, Derived) and next(quantized_parts(tensor), None) is not None:
+        return sum(stored_bytes(part) for part in tensor.parts)
+    return tensor.nbytes
+
+
 def type_name(dtype: ir.DataType) -> str:
     """A type of codes as papers write it."""
     return {ir.DataType.FLOAT8E4M3FN: "FP8 E4M3", ir.DataType.FLOAT4E2M1: "FP4 E2M1"}.get(dtype, dtype.name)
@@ -136,7 +172,8 @@ def _carried(tensor: LazyTensor, k_last: bool) -> Carried | None:
     """``k_last``: the tensor is [..., N, K]; else [..., K, N]. What is returned is [..., N, K] in both cases."""
     if isinstance(tensor, Prequantized):
         plain = tensor.zero_points is None and tensor.groups is None and tensor.values.dtype in CARRIED_TYPES
-        return Carried(tensor.values, tensor.scales, tensor.block_size) if plain and k_last else None
+        own = Carried(tensor.values, tensor.scales, tensor.block_size, tensor.activations)
+        return own if plain and k_last else None
     if isinstance(tensor, Transposed):
         return _carried(tensor.parts[0], not k_last)
     if isinstance(tensor, Cast):
@@ -145,7 +182,10 @@ def _carried(tensor: LazyTensor, k_last: bool) -> Carried | None:
         return None
     parts = [_carried(part, k_last) for part in tensor.parts]
     found = [part for part in parts if part is not None]
-    if len(found) < len(parts) or len({(p.values.dtype, p.scales.dtype, p.block_size) for p in found}) > 1:
+    if (
+        len(found) < len(parts)
+        or len({(p.values.dtype, p.scales.dtype, p.block_size, p.activations) for p in found}) > 1
+    ):
         return None
     return _rebuilt(tensor, found, k_last)
 
@@ -169,4 +209,4 @@ def _rebuilt(tensor: LazyTensor, parts: Sequence[Carried], k_last: bool) -> Carr
 
 def _both(parts: Sequence[Carried], combine: Callable[[Sequence[LazyTensor]], LazyTensor]) -> Carried:
     values, scales = combine([p.values for p in parts]), combine([p.scales for p in parts])
-    return Carried(values, scales, parts[0].block_size)
+    return Carried(values, scales, parts[0].block_size, parts[0].activations)

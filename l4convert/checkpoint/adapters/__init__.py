@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
-
-import onnx_ir as ir
 
 from l4convert.checkpoint.adapters.applied import AppliedAdapter
 from l4convert.checkpoint.adapters.config import MERGE_HINT
@@ -26,18 +24,17 @@ from l4convert.errors import InputError
 __all__ = [
     "Adapter",
     "AppliedAdapter",
+    "Merged",
     "adapter_layout",
     "adapter_scales",
     "is_adapter",
     "is_merged",
     "merge_adapters",
-    "merged_alike",
     "open_adapter",
 ]
 
 
 N = TypeVar("N", int, float)
-_LAYER = re.compile(r"(?<=\.layers\.)\d+")
 
 
 def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoint:
@@ -56,30 +53,6 @@ def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoin
     for folder in folders:
         checkpoint = _merged(checkpoint, open_adapter(folder))
     return checkpoint
-
-
-def merged_alike(
-    tensors: Mapping[str, LazyTensor],
-    checkpoint: Mapping[str, LazyTensor],
-    factors: Callable[[Mapping[str, Shape], ir.DataType], Mapping[str, LazyTensor]],
-) -> dict[str, LazyTensor]:
-    """Stand-ins for a checkpoint's tensors, with as much to merge as those have, to measure it.
-
-    Args:
-        tensors: Of a model of fewer layers.
-        checkpoint: Tensors, of which some are merged; those of the same name, whatever the layer, are much alike.
-        factors: Makes tensors of a type, by name.
-    """
-    merged = {_LAYER.sub("", name): tensor for name, tensor in checkpoint.items() if isinstance(tensor, Merged)}
-    result = dict(tensors)
-    for name, tensor in tensors.items():
-        if (model := merged.get(_LAYER.sub("", name))) is not None and tensor.dims == model.dims:
-            pairs = [factors({"A": u.left.dims, "B": u.right.dims}, u.left.dtype) for u in model.updates]
-            updates = [
-                dataclasses.replace(u, left=p["A"], right=p["B"]) for u, p in zip(model.updates, pairs, strict=True)
-            ]
-            result[name] = Merged(tensor, updates)
-    return result
 
 
 def adapter_layout(adapter: Adapter) -> Layout:
