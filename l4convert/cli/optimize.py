@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from l4convert.optimizing import OptimizeResult
 
 EPILOG = """\b
-Recipes are those of `l4convert convert`; patterns are matched against transformers' names, which are recovered from what
-the exporter noted down (pass name_weights).
+Recipes are those of `l4convert convert`; patterns are matched against transformers' names, which are recovered from
+what the exporter noted down (pass name_weights).
 
 \b
 Examples:
@@ -107,6 +107,8 @@ def _passes(result: OptimizeResult) -> str:
 def _reasons(result: OptimizeResult, most: int | None) -> str:
     """Why passes left places alone, the most frequent reasons first."""
     found = Counter((report.name, reason) for report in result.passes for _, reason in report.skipped)
+    if result.recipe == "none":
+        found.pop(("quantize_weights", "the recipe keeps it"), None)
     rows = [(name, number, reason) for (name, reason), number in found.most_common(most)]
     text = table(["skipped by", "places", "because"], rows, right=[1]) if rows else ""
     hidden = len(found) - len(rows)

@@ -86,8 +86,9 @@ def compare_models(given: Path, made: Path, compute: str, exact: bool, progress:
     for found in worst.values():
         if tolerance is not None and found.error > tolerance * max(found.largest, 1.0):
             limit = tolerance * max(found.largest, 1.0)
+            how = f"differs from the given model's by {found.error:.3g}, more than {limit:.3g}"
             raise CheckFailed(
-                f"{made}: output {found.name} differs from the given model's by {found.error:.3g}, more than {limit:.3g}",
+                f"{made}: output {found.name} {how}",
                 "do not use it; tell the maintainers which model it was made from",
             )
     return Comparison(tuple(probes), tuple(worst.values()), tolerance)
