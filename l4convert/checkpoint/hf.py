@@ -17,7 +17,8 @@ from l4convert.checkpoint.names import (
     is_buffer,
     is_vision,
 )
-from l4convert.checkpoint.safetensors_file import DTYPES, SAFETENSORS_NAMES, Stored, open_safetensors
+from l4convert.checkpoint.safetensors_file import DTYPES, MAX_TENSORS, SAFETENSORS_NAMES, Stored, open_safetensors
+from l4convert.checkpoint.templates import check_sidecar
 from l4convert.checkpoint.text import and_more, parse_object, quote, read_bytes, require_file, show
 from l4convert.errors import InputError
 
@@ -51,6 +52,7 @@ def open_hf(path: Path) -> Checkpoint:
         InputError: Anything is missing, unexpected, of another shape or dtype, or not what it says it is.
     """
     require_file(path / CONFIG, DOWNLOAD_HINT)
+    _require_inside(path, path / CONFIG)
     config = read_config(path / CONFIG)
     index = path / INDEX
     weight_map = _read_index(index) if index.exists() or index.is_symlink() else None
@@ -91,7 +93,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _is_plain(name: str) -> bool:
     """A file name that cannot point out of its folder on any system."""
-    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:") and len(name) <= 255
+    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:") and len(name.encode()) <= 255
 
 
 def _shards(path: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
@@ -120,6 +122,8 @@ def _read_shards(shards: Iterable[Path]) -> dict[str, Stored]:
             if name in stored:
                 raise InputError(f"{show(shard)}: tensor '{show(name)}' is also in {show(stored[name].file.name)}")
             stored[name] = tensor
+        if len(stored) > MAX_TENSORS:
+            raise InputError(f"{show(shard)}: more than {MAX_TENSORS:,} tensors with those of the files before it")
     return stored
 
 
@@ -183,12 +187,19 @@ def _check_tensor(tensor: Stored, shape: Shape) -> None:
 
 
 def _sidecars(path: Path) -> tuple[Path, ...]:
-    """The files that go into the artifact as they are; a link may not bring in a file from elsewhere."""
-    present = [path / name for name in SIDECARS if (path / name).is_file()]
+    """The files that go into the artifact as they are, checked; a link may not bring in a file from elsewhere."""
+    present = [path / name for name in SIDECARS if (path / name).exists() or (path / name).is_symlink()]
+    for file in present:
+        _require_inside(path, file)
+        if file.name != CONFIG:
+            check_sidecar(file)
+    return tuple(present)
+
+
+def _require_inside(path: Path, file: Path) -> None:
+    """Refuse a link to a file that is not of the checkpoint."""
     folder = path.resolve()
     # A Hugging Face cache keeps snapshots/<revision>/<name> as links into blobs/.
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    for file in present:
-        if not any(file.resolve().is_relative_to(place) for place in (folder, blobs)):
-            raise InputError(f"{show(file)}: a link to a file outside the checkpoint", "put a copy of the file there")
-    return tuple(present)
+    if not any(file.resolve().is_relative_to(place) for place in (folder, blobs)):
+        raise InputError(f"{show(file)}: a link to a file outside the checkpoint", "put a copy of the file there")

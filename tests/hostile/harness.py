@@ -113,9 +113,10 @@ def _wrong_text(case: Case, outcome: Outcome) -> list[str]:
         found.append(f"{len(lines)} lines on stderr, not an error and perhaps a hint")
     if not all(line.isprintable() and len(line) < 900 for line in lines):
         found.append("a line is not printable, or endless")
-    if "Traceback" in outcome.stdout + outcome.stderr:
+    said = outcome.stderr + outcome.stdout  # `verify` lists all that it finds as its result
+    if "Traceback" in said:
         found.append("a traceback")
-    return found + [f"does not name {name!r}" for name in case.names if name not in outcome.stderr]
+    return found + [f"does not name {name!r}" for name in case.names if name not in said]
 
 
 def _wrong_use(outcome: Outcome) -> list[str]:

@@ -104,7 +104,7 @@ FAMILY = Family(
             "another architecture": bad("architectures", ["LlamaForCausalLM"]),
             "architectures is text": bad("architectures", "Llama4ForCausalLM"),
             "architectures of numbers": bad("architectures", [[1]]),
-            "a multimodal one without its text": bad("model_type", "llama4"),
+            "a multimodal one without its text": (having(model_type="llama4"), (FILE, "text_config", "missing")),
             "text_config is a list": (having(model_type="llama4", text_config=[]), (FILE, "text_config")),
             "text_config of another model": (
                 having(model_type="llama4", text_config={"model_type": "gpt2"}),

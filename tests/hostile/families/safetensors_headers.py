@@ -58,6 +58,12 @@ def duplicate(key: bytes) -> Callable[[bytes], bytes]:
     return lambda header: header.replace(key, key + b": 0, " + key, 1)
 
 
+def many(count: int) -> Callable[[Path], None]:
+    """That many tensors of no size."""
+    empty = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
+    return edit_header(lambda header: header.update({f"t{i}": empty for i in range(count)}))
+
+
 def padded(size: int, filler: bytes) -> Callable[[Path], None]:
     """A header that is so long because of one value."""
 
@@ -169,14 +175,7 @@ FAMILY = Family(
                 edit_header(lambda h: h.update({"\ud800": {**h[NORM], "dtype": "X"}})),
                 (SINGLE, "ud800"),
             ),
-            "200,000 empty tensors": (
-                edit_header(
-                    lambda h: h.update(
-                        {f"t{i}": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)}
-                    )
-                ),
-                (SINGLE,),
-            ),
+            **{f"{count:,} empty tensors": (many(count), (SINGLE,)) for count in (40_000, 200_000)},
             "a Git LFS pointer": (text(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), (SINGLE, "Git LFS")),
             "a zip": (text(SINGLE, b"PK\x03\x04" + bytes(200)), (SINGLE,)),
             "a pickle": (text(SINGLE, b"\x80\x02cos\nsystem\n(S'touch canary'\ntR." + bytes(64)), (SINGLE,)),

@@ -135,7 +135,7 @@ FAMILY = Family(
                     manifest(lambda m: m.update(engines=[{"path": "../../outside/secret", "bytes": 1, "sha256": "x"}])),
                     (MANIFEST,),
                 ),
-                "weights moved out": (outside(SINGLE), (SINGLE,)),
+                "weights elsewhere, and changed": (lambda p: (flip(SINGLE, -1)(p), outside(SINGLE)(p)), (SINGLE, "SHA-256")),
                 "recipe changed": (manifest(lambda m: m.update(recipe="fp8")), (MANIFEST,)),
                 "a space in the manifest": (
                     lambda p: (p / MANIFEST).write_bytes((p / MANIFEST).read_bytes() + b" "),
