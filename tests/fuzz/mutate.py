@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -47,19 +48,18 @@ def _change(value: Any, chance: random.Random) -> None:
     _collect(value, slots, 0)
     if not slots:
         if isinstance(value, dict):
-            value["x"] = chance.choice(VALUES)
+            value["x"] = copy.deepcopy(chance.choice(VALUES))
         return
     holder, key = chance.choice(slots)
     action = chance.randrange(6)
     if action == 0:
         del holder[key]
     elif action == 1 and isinstance(holder, dict):
-        other, name = chance.choice(slots)
-        holder[str(name) if isinstance(name, str) else "x"] = holder.pop(key)
-        del other
+        _, name = chance.choice(slots)
+        holder[name if isinstance(name, str) else "x"] = holder.pop(key)
     elif action == 2:
         source, name = chance.choice(slots)
-        holder[key] = source[name] if not isinstance(source[name], dict | list) else json.loads(json.dumps(source[name]))
+        holder[key] = copy.deepcopy(source[name])
     elif action == 3 and type(holder[key]) is int:
         holder[key] += chance.choice((-1, 1, 64, -64, 2**32, -(2**32)))
     elif action == 4 and isinstance(holder[key], list) and holder[key]:
@@ -69,7 +69,7 @@ def _change(value: Any, chance: random.Random) -> None:
         place = chance.randrange(len(text) + 1)
         holder[key] = text[:place] + chance.choice(("", "../", "\n", "\0", ".", "*", "0")) + text[place + 1 :]
     else:
-        holder[key] = chance.choice(VALUES)
+        holder[key] = copy.deepcopy(chance.choice(VALUES))
 
 
 def _collect(value: Any, slots: list[Slot], depth: int) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import onnx_ir as ir
+
+from l4convert.checkpoint.hf_config import read_config
+from l4convert.emit import write_artifact
 from l4convert.emit.graph_refs import external_refs
 from l4convert.emit.journal import SCHEMA, new_digest, read_journal
 from l4convert.emit.verify import verify_artifact
 from l4convert.runtime.manifest import read_artifact
+from tests.emit.models import Weight, holder, values
 from tests.fuzz.target import OneFile, Target
-from tests.hostile import bases
+from tests.fuzz.targets.checkpoints import checkpoint_folder
 
 _graph = OneFile("model.onnx")
 _journal = OneFile("journal")
@@ -19,10 +26,22 @@ _journal = OneFile("journal")
 
 @functools.cache
 def artifact_folder() -> Path:
-    """A valid artifact that lives as long as the process."""
+    """A valid artifact that lives as long as the process, with a graph of one product: small, so that it is quick."""
     folder = Path(tempfile.mkdtemp(prefix="l4fuzz-")) / "artifact"
-    bases.artifact(folder)
+    weight = Weight(values(ir.DataType.FLOAT16, (4, 8)))
+    write_artifact(holder({"w": weight}), folder, manifest=_facts())
     return folder
+
+
+def _facts() -> dict[str, Any]:
+    """What the manifest of a converted checkpoint says of it."""
+    config = read_config(checkpoint_folder() / "config.json")
+    rule = {"pattern": "*", "scheme": "int4", "block_size": 32}
+    recipe = {"name": "int4", "rule": [rule], "kv_cache": {"dtype": "int8", "granularity": "channel", "layers": "all"}}
+    return {
+        "source": {"format": "hf", "files": {"config.json": {"bytes": 1, "sha256": "0"}}}, "config": asdict(config),
+        "target": "cpu", "recipe": recipe, "kv_cache": "growing", "compute": "float32", "calls": "any", "passes": [],
+    }  # fmt: skip
 
 
 @functools.cache
