@@ -59,8 +59,10 @@ class BackendMissing(L4Error):
 # user's to solve, not a defect.
 INSTALL = {
     "cmake": "pip install cmake",
+    "compressed_tensors": "pip install compressed-tensors",
     "cuda": "pip install cuda-bindings",
     "kernel_lens": "pip install kernel-lens",
+    "llama_models": "pip install llama-models fairscale",
     "matplotlib": "pip install matplotlib",
     "onnxruntime": "pip install onnxruntime-gpu",
     "ray": "pip install 'ray[client]'",

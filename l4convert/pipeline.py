@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.parameters import parameter_counts
+from l4convert.checkpoint.prequantized import stored_bytes
 from l4convert.conversion import Conversion
 from l4convert.emit import Filling, source_digests, write_artifact
 from l4convert.emit.memory import parse_size
@@ -111,7 +112,7 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         conversion.model,
         options.output,
         sidecars=checkpoint.sidecars,
-        extra_files=_client_files(conversion),
+        extra_files={**checkpoint.generated, **_client_files(conversion)},
         manifest=_manifest(conversion, options, progress),
         overwrite=options.overwrite,
         share_weights=options.share_weights,
@@ -204,13 +205,19 @@ def _planned_files(conversion: Conversion) -> dict[str, int]:
         MODEL_FILE: len(serialize_model(conversion.model, conversion.plan)),
     }
     files |= {path.name: path.stat().st_size for path in checkpoint.sidecars}
+    files |= {name: len(content) for name, content in checkpoint.generated.items()}
     return files | {name: len(text.encode()) for name, text in _client_files(conversion).items()}
 
 
 def _client_files(conversion: Conversion) -> dict[str, str]:
     checkpoint, recipe = conversion.checkpoint, conversion.recipe
     return client_files(
-        checkpoint.config, conversion.kv_cache, checkpoint.sidecars, conversion.target.name, recipe.kv_cache
+        checkpoint.config,
+        conversion.kv_cache,
+        checkpoint.sidecars,
+        conversion.target.name,
+        recipe.kv_cache,
+        checkpoint.generated,
     )
 
 
@@ -220,7 +227,7 @@ def _filling(options: HowOptions) -> Filling:
 
 
 def _source_bytes(checkpoint: Checkpoint) -> int:
-    return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return sum(stored_bytes(tensor) for tensor in checkpoint.tensors.values())
 
 
 def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
@@ -237,7 +244,11 @@ def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
 def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     checkpoint = conversion.checkpoint
     return {
-        "source": {"format": checkpoint.format, "files": source_digests(checkpoint.files, progress)},
+        "source": {
+            "format": checkpoint.format,
+            **({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization}),
+            "files": source_digests(checkpoint.files, progress),
+        },
         "config": dataclasses.asdict(checkpoint.config),
         "target": conversion.target.name,
         "recipe": conversion.recipe.to_dict(),
@@ -246,7 +257,12 @@ def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progres
         "compute": conversion.compute,
         "calls": conversion.target.calls,
         "passes": [
-            {"name": r.name, "fired": r.fired, "skipped": dict(Counter(reason for _, reason in r.skipped))}
+            {
+                "name": r.name,
+                "fired": r.fired,
+                "skipped": dict(Counter(reason for _, reason in r.skipped)),
+                **({"notes": dict(Counter(remark for _, remark in r.notes))} if r.notes else {}),
+            }
             for r in conversion.reports
         ],
     }

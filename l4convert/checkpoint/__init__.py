@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from l4convert.checkpoint import hf
+from l4convert.checkpoint import hf, meta
 from l4convert.checkpoint.base import Checkpoint, Experts, Format
 from l4convert.checkpoint.text import show
 from l4convert.errors import InputError
@@ -12,7 +12,10 @@ from l4convert.errors import InputError
 __all__ = ["FORMATS", "Checkpoint", "Experts", "Format", "open_checkpoint"]
 
 # The first that fits is taken.
-FORMATS: tuple[Format, ...] = (Format("hf", hf.detect, hf.open_hf, "config.json and *.safetensors"),)
+FORMATS: tuple[Format, ...] = (
+    Format("meta", meta.detect, meta.open_meta, "params.json and consolidated.NN.pth"),
+    Format("hf", hf.detect, hf.open_hf, "config.json and *.safetensors"),
+)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -37,6 +40,8 @@ def _require_folder(path: Path) -> None:
     if not path.exists():
         raise InputError(f"{show(path)}: no such folder", "a checkpoint is a folder on this machine; download it first")
     if not path.is_dir():
-        raise InputError(f"{show(path)}: not a folder", "give the folder that holds config.json and the weights")
+        raise InputError(
+            f"{show(path)}: not a folder", "give the folder that holds the weights and config.json or params.json"
+        )
     if next(path.iterdir(), None) is None:
         raise InputError(f"{show(path)}: the folder is empty", "download the checkpoint into it first")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +22,12 @@ class Checkpoint:
         format: Name of the row of ``FORMATS`` that read it.
         config: The text decoder's hyperparameters.
         tensors: Canonical name (see :mod:`l4convert.checkpoint.names`) to tensor (BF16, F16 or F32), in model order.
+            Those that are stored quantized are F32, exactly (:mod:`l4convert.checkpoint.prequantized`).
         experts: ``stacked``: one [E, in, out] tensor a projection; ``unfused``: one [out, in] weight an expert.
         sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
         files: Every file that decides the result (config, index, weights), for digests.
+        quantization: How the checkpoint stores its weights quantized, in words; None: it does not.
+        generated: Name to content of files that an artifact needs and the checkpoint lacks, written like sidecars.
     """
 
     path: Path
@@ -34,6 +37,8 @@ class Checkpoint:
     experts: Experts
     sidecars: tuple[Path, ...]
     files: tuple[Path, ...]
+    quantization: str | None = None
+    generated: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,12 @@ class Stored(LazyTensor):
     def files(self) -> tuple[Path, ...]:
         return (self.file,)
 
+    def viewed(self, shape: tuple[int, ...]) -> Stored:
+        """The same bytes as a tensor of another shape and the same size."""
+        if math.prod(shape) != self.size:
+            raise ValueError(f"{self.key}: {self.dims} cannot be seen as {shape}")
+        return Stored(self._state, self.key, self.dtype, shape, self.offset)
+
     def require_unchanged(self) -> None:
         """See whether the file is still the one whose header was read.
 
@@ -137,6 +143,22 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _check_coverage(path, entries, status.st_size - data)
     return {entry.name: Stored(state, entry.name, entry.dtype, entry.shape, data + entry.begin) for entry in entries}
+
+
+def stored_at(
+    path: Path, status: os.stat_result, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int
+) -> Stored:
+    """A tensor at a place in a file of another format that was found there by a reader which checked that it fits.
+
+    Args:
+        path: The file.
+        status: As it was when it was read.
+        key: The tensor's name in it.
+        dtype: Of its elements, little-endian.
+        shape: In C order, without gaps.
+        offset: Where it begins, in bytes from the beginning of the file.
+    """
+    return Stored(_FileState(str(path), status.st_size, status.st_mtime_ns), key, dtype, shape, offset)
 
 
 @dataclass(frozen=True)

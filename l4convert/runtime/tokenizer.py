@@ -47,9 +47,21 @@ class TextTokenizer:
             raise InputError(f"{show(file)}: {size:,} bytes, more than a tokenizer can sensibly have")
         with _reported(f"{show(file)}: not a tokenizer"):
             backend = Tokenizer.from_file(str(file))
-            backend.no_truncation()  # some training scripts save a limit, and dropping text silently is never right
-            backend.no_padding()
-            return cls(backend, *_special_ids(backend, file))
+            return cls._prepared(backend, show(file))
+
+    @classmethod
+    def parse(cls, content: bytes, name: str) -> TextTokenizer:
+        """A ``tokenizer.json`` that is in memory; ``name`` is what messages call it."""
+        from tokenizers import Tokenizer
+
+        with _reported(f"{show(name)}: not a tokenizer"):
+            return cls._prepared(Tokenizer.from_str(content.decode()), name)
+
+    @classmethod
+    def _prepared(cls, backend: Tokenizer, name: str) -> TextTokenizer:
+        backend.no_truncation()  # some training scripts save a limit, and dropping text silently is never right
+        backend.no_padding()
+        return cls(backend, *_special_ids(backend, name))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it become special tokens.
@@ -125,7 +137,7 @@ def _reported(what: str) -> Iterator[None]:
         raise
 
 
-def _special_ids(backend: Tokenizer, file: Path) -> tuple[list[int], list[int]]:
+def _special_ids(backend: Tokenizer, file: str) -> tuple[list[int], list[int]]:
     """What the tokenizer's own post-processor puts before and after a text.
 
     Nothing else has a say: transformers 5 drops ``add_bos_token`` from ``tokenizer_config.json`` when there is a
