@@ -60,6 +60,7 @@ class BackendMissing(L4Error):
 INSTALL = {
     "cmake": "pip install cmake",
     "compressed_tensors": "pip install compressed-tensors",
+    "modelopt": "pip install nvidia-modelopt",
     "cuda": "pip install cuda-bindings",
     "kernel_lens": "pip install kernel-lens",
     "llama_models": "pip install llama-models fairscale",

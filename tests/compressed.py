@@ -78,7 +78,13 @@ def _scales(weight: Any, args: Any) -> dict[str, Any]:
     """Scales and zero points as the library's own min-max rule has them."""
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    size = args.group_size if args.strategy == "group" else weight.shape[1]
-    blocks = weight.float().reshape(weight.shape[0], -1, size)
+    if args.strategy == "tensor":
+        blocks = weight.float().reshape(1, -1)
+    elif args.strategy == "block":
+        height, width = args.block_structure
+        blocks = weight.float().unfold(0, height, height).unfold(1, width, width).flatten(2)
+    else:
+        size = args.group_size if args.strategy == "group" else weight.shape[1]
+        blocks = weight.float().reshape(weight.shape[0], -1, size)
     scale, zero_point = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
     return {"weight_scale": scale.to(weight.dtype), "weight_zero_point": zero_point}

@@ -14,9 +14,11 @@ import onnx_ir as ir
 from l4convert.checkpoint.fields import Fields
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.prequantized import Prequantized
+from l4convert.checkpoint.quantized.compressed_floats import read_fp8, read_nvfp4
 from l4convert.checkpoint.quantized.packed import PACKED_TYPES, Unpacked, UnpackedRows
 from l4convert.checkpoint.quantized.patterns import Patterns, UnusablePatternError
-from l4convert.checkpoint.quantized.source import FLOAT_SCALES, ReadWeights, Source, checked, summary, where
+from l4convert.checkpoint.quantized.source import FLOAT_SCALES, ReadWeights, Source, checked, matrix, summary, where
+from l4convert.checkpoint.quantized.unused import take_unused
 from l4convert.checkpoint.text import quote, show
 from l4convert.errors import InputError
 
@@ -24,7 +26,7 @@ NAME = "compressed-tensors"
 MAX_GROUPS = 64
 # A module that has one of these is quantized.
 MARKS = ("weight_packed", "weight_scale")
-SUPPORTED = "supported: 4-bit and 8-bit integers in groups or channels (pack-quantized)"
+SUPPORTED = "supported: 4-bit and 8-bit integers in groups or channels (pack-quantized), FP8 and NVFP4"
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,13 @@ def read(source: Source) -> ReadWeights:
             continue
         scheme = _scheme_of(source.layout.stored(module), schemes, ignored, config)
         tensors[weight] = FORMATS[scheme.format](source, scheme, weight)
-    return ReadWeights(tensors, summary(NAME, tensors, source.expected))
+    return ReadWeights(tensors, summary(NAME, tensors, source.expected) + take_unused(source))
 
 
 def read_packed(source: Source, scheme: Scheme, weight: str) -> LazyTensor:
     """A weight [N, K] of format ``pack-quantized``: ``weight_packed``, ``weight_scale``, ``weight_shape``, perhaps
     ``weight_zero_point`` and ``weight_g_idx``."""
-    rows, depth = _matrix(source, weight)
+    rows, depth = matrix(source, weight)
     bits, block_size = _integers(scheme.weights, depth)
     blocks = -(-depth // block_size)
     words = source.require(f"{weight}_packed", (ir.DataType.INT32,), (rows, -(-depth * bits // 32)))
@@ -80,6 +82,8 @@ def read_packed(source: Source, scheme: Scheme, weight: str) -> LazyTensor:
 # How the weights of a group are stored -> what reads one.
 FORMATS: Mapping[str, Callable[[Source, Scheme, str], LazyTensor]] = {
     "pack-quantized": read_packed,
+    "float-quantized": lambda source, scheme, weight: read_fp8(source, scheme.weights, weight),
+    "nvfp4-pack-quantized": lambda source, scheme, weight: read_nvfp4(source, scheme.weights, weight),
 }
 
 
@@ -91,14 +95,6 @@ def _zero_points(source: Source, weight: str, bits: int, rows: int, blocks: int)
         return source.require(name, (ir.DataType.INT8,), (rows, blocks))
     words = source.require(name, (ir.DataType.INT32,), (-(-rows * bits // 32), blocks))
     return UnpackedRows(words, bits, rows)
-
-
-def _matrix(source: Source, weight: str) -> tuple[int, int]:
-    shape = source.expected[weight]
-    if len(shape) != 2:
-        what = f"tensor '{show(source.layout.stored(weight))}' has {len(shape)} axes"
-        raise InputError(f"{source.config.file}: {what}: only matrices can be {NAME}", "save the experts one by one")
-    return shape[0], shape[1]
 
 
 def _integers(weights: Fields, depth: int) -> tuple[int, int]:
