@@ -66,6 +66,7 @@ INSTALL = {
     "llama_models": "pip install llama-models fairscale",
     "matplotlib": "pip install matplotlib",
     "onnxruntime": "pip install onnxruntime-gpu",
+    "peft": "pip install peft",
     "ray": "pip install 'ray[client]'",
     "tensorrt": "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13",

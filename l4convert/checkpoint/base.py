@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from l4convert.checkpoint.adapters.applied import AppliedAdapter
 
 Experts = Literal["stacked", "unfused"]
 
@@ -26,6 +29,7 @@ class Checkpoint:
         experts: ``stacked``: one [E, in, out] tensor a projection; ``unfused``: one [out, in] weight an expert.
         sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
         files: Every file that decides the result (config, index, weights), for digests.
+        adapters: Those that were merged into the tensors, in their order; their files are not among ``files``.
         quantization: How the checkpoint stores its weights quantized, in words; None: it does not.
         generated: Name to content of files that an artifact needs and the checkpoint lacks, written like sidecars.
     """
@@ -37,6 +41,7 @@ class Checkpoint:
     experts: Experts
     sidecars: tuple[Path, ...]
     files: tuple[Path, ...]
+    adapters: tuple[AppliedAdapter, ...] = ()
     quantization: str | None = None
     generated: Mapping[str, bytes] = field(default_factory=dict)
 

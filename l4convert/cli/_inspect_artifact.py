@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from l4convert.cli._adapters import manifest_rows
 from l4convert.cli._inspect_checkpoint import layer_rows
 from l4convert.cli._render import count, fields, size, table
 from l4convert.emit import read_manifest
@@ -39,6 +40,7 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "kv_cache": info.kv_cache,
         "kv_scheme": None if info.kv_scheme is None else info.kv_scheme.to_dict(),
         "calibration": manifest.get("calibration"),
+        "adapters": manifest.get("adapters", []),
         "tool": manifest.get("tool"),
         "libraries": manifest.get("libraries"),
         "passes": manifest.get("passes"),
@@ -51,7 +53,7 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "bytes_by_dtype": _by_dtype(weights),
         "quantized_share": quantized_share(model),
     }
-    rows = [*_kv_rows(info, manifest), *layer_rows(info.config)]
+    rows = [*manifest_rows(manifest), *_kv_rows(info, manifest), *layer_rows(info.config)]
     text = [
         _summary(payload, rows),
         _files(payload),

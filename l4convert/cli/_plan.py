@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from l4convert.cli._adapters import adapter_rows, adapters_payload
 from l4convert.cli._passes import passes_payload, passes_text
 from l4convert.cli._plan_serving import serving_payload, serving_text
 from l4convert.cli._render import count, fields, size, table
@@ -37,6 +38,7 @@ def plan_payload(plan: ConversionPlan) -> dict[str, Any]:
         "output": None if plan.output is None else str(plan.output),
         "target": plan.target,
         "recipe": plan.recipe,
+        "adapters": adapters_payload(plan.adapters),
         "kv_cache": plan.kv_cache,
         "compute": plan.compute,
         "bytes": plan.bytes,
@@ -109,6 +111,7 @@ def _summary(plan: ConversionPlan) -> str:
             ("would write", plan.output or "(no --output)"),
             ("target", plan.target),
             ("recipe", plan.recipe),
+            *adapter_rows(plan.adapters),
             ("KV cache", plan.kv_cache),
             ("computes in", plan.compute),
             ("size", f"{size(plan.bytes)} in {plan.tensors:,} tensors"),

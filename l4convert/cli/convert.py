@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from l4convert.cli import _conversion
+from l4convert.cli._adapters import adapter_rows, adapters_payload
 from l4convert.cli._conversion import conversion_options
 from l4convert.cli._passes import passes_payload, passes_text
 from l4convert.cli._render import fields, size
@@ -23,6 +24,7 @@ Examples:
   l4convert convert Llama-4-Scout --output scout-int4
   l4convert convert Llama-4-Scout --output scout-fp8 --recipe fp8 --target portable
   l4convert convert Llama-4-Scout --output scout-int4 --dry-run        what would be written, and how large
+  l4convert convert Llama-4-Scout --output scout-tuned --adapter my-lora
   l4convert convert Llama-4-Scout --output scout-kv8 --kv-dtype int8 --calibration notes.txt
 """
 
@@ -74,6 +76,7 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "recipe": result.recipe,
         "kv_cache": result.kv_cache,
         "kv_scheme": None if result.kv_scheme is None else result.kv_scheme.to_dict(),
+        "adapters": adapters_payload(result.adapters),
         "calibration": None if result.calibration is None else result.calibration.to_dict(),
         "compute": result.compute,
         "passes": passes_payload(result.passes),
@@ -98,12 +101,14 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
             ("time", f"{result.seconds:.1f} s"),
             ("target", result.target),
             ("recipe", result.recipe),
+            *adapter_rows(result.adapters),
             ("KV cache", result.kv_cache),
             *_kv_rows(result),
             ("computes in", result.compute),
         ]
     )
     following = f"Next: l4convert validate {result.output} --reference {options.checkpoint}"
+    following += "".join(f" --adapter {folder}" for folder in options.adapters)
     return "\n\n".join([summary, passes_text(result.passes, settings.verbose), following])
 
 

@@ -22,6 +22,7 @@ from l4convert.errors import InputError
 from l4convert.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
+    from l4convert.checkpoint.adapters import AppliedAdapter
     from l4convert.emit.plan import PlannedTensor
 
 SCHEMA = "l4convert.manifest/1"
@@ -117,6 +118,22 @@ def source_digests(files: Sequence[Path], progress: Progress = NO_PROGRESS) -> d
             with reported(f"{path}: cannot be read"):
                 digests[path.relative_to(root).as_posix()] = _source_digest(path)
             task.advance(1)
+    return digests
+
+
+def adapter_digests(adapter: AppliedAdapter) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of an adapter's files, whole whatever their size.
+
+    Two adapters of one training have the same header: nothing but the weights tells them apart.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    digests = {}
+    for path in adapter.files:
+        with reported(f"{path}: cannot be read"):
+            size, digest = file_digest(path)
+        digests[path.name] = {"bytes": size, "sha256": digest}
     return digests
 
 

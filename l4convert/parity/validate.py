@@ -57,6 +57,7 @@ def validate(
     threads: int | None = None,
     run_with: RunWith = ON_CPU,
     exact_angles: bool = False,
+    adapters: Sequence[Path] = (),
 ) -> ParityReport:
     """Measure an artifact against transformers on the checkpoint it was made from, and judge it by a policy.
 
@@ -77,6 +78,7 @@ def validate(
         threads: For ONNX Runtime.
         run_with: What runs the artifact.
         exact_angles: Have the reference multiply RoPE's angles in float64, so that it is right at far positions too.
+        adapters: Folders of the LoRA adapters that were merged, for the reference to merge them too.
 
     Returns:
         A report; look at its ``passed``.
@@ -100,7 +102,7 @@ def validate(
     )
     windows, used = prepare_text(info, text, tokens, window, text_name)
     with progress.task("Loading the reference", total=1, unit="models") as task:
-        model = open_reference(reference, exact_angles=exact_angles)
+        model = open_reference(reference, exact_angles=exact_angles, adapters=adapters)
         task.advance(1)
     with model, run_with.open(artifact, max_length=window, threads=threads) as session:
         _check_same_model(info.config, model.checkpoint.config, artifact, reference)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.adapters import is_merged
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, Constant, Derived, LazyTensor
 from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.emit.jobs import group_jobs
@@ -134,7 +135,10 @@ def estimate_time(plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, jobs: 
     anything = max(sample.groups, key=group_elements)  # where the sample's layers have other schemes
     budget = SECONDS / (len(elements) + 0.2)
     with _scratch(folder) as descriptor:
-        rates = {work: _rate(largest.get(work, anything), descriptor, budget) for work in elements}
+        rates = {
+            work: _rate(largest.get(work) or _similar(largest, work) or anything, descriptor, budget)
+            for work in elements
+        }
     weights = plan.written_bytes + sum(planned.nbytes for planned in plan.shared)
     return TimePlan(elements, rates, jobs, weights, _digest_rate(budget / 5))
 
@@ -151,7 +155,13 @@ def _by_work(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:
 def _work(group: Sequence[PlannedTensor], recipe: Recipe) -> str:
     """What is done to a group: its scheme, told apart where scales are computed without their values."""
     kind, scheme = classify(group[0], recipe)
-    return f"{scheme} scales" if kind == SCALES else scheme
+    merged = " of merged weights" if any(is_merged(planned.tensor) for planned in group) else ""
+    return (f"{scheme} scales" if kind == SCALES else scheme) + merged
+
+
+def _similar(largest: Mapping[str, tuple[PlannedTensor, ...]], work: str) -> tuple[PlannedTensor, ...]:
+    """The same work where adapters change some layers only and the sample has the others; empty where there is none."""
+    return next((group for name, group in largest.items() if work.startswith(name) or name.startswith(work)), ())
 
 
 def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from l4convert.checkpoint.adapters import AppliedAdapter
 from l4convert.emit.plan import WEIGHTS_FILE
 from l4convert.graph_passes import PassReport
 from l4convert.planning.disk import DiskPlan
@@ -30,6 +31,7 @@ class ConversionPlan:
         table: Every weight of the artifact.
         files: File name to bytes, of all files but the manifest, which holds digests of the others.
         sharing: What stays in files of the checkpoint, where that was asked for; those are not among ``files``.
+        adapters: What would be merged into the checkpoint's weights.
         time: None where it was not measured.
         serving: The artifact in use, where hardware or a context was named.
     """
@@ -51,6 +53,7 @@ class ConversionPlan:
     memory: MemoryPlan
     time: TimePlan | None
     serving: ServingPlan | None = None
+    adapters: tuple[AppliedAdapter, ...] = ()
 
     @cached_property
     def bytes(self) -> int:
