@@ -9,12 +9,16 @@ from tests.hostile.families import (
     configs,
     indexes,
     not_finite,
+    params,
     paths,
+    pickles,
+    pth_storages,
     safetensors_headers,
     tampered,
     templates,
     tokenizers,
     truncated_shards,
+    zip_bombs,
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -28,5 +32,9 @@ FAMILIES: Mapping[str, Family] = {
     "weights that are not finite": not_finite.FAMILY,
     "weights that are not finite, to INT4": not_finite.INT4,
     "weights that are not finite, to FP8": not_finite.FP8,
+    "pickle gadgets": pickles.FAMILY,
+    "storages of .pth files": pth_storages.FAMILY,
+    "zip bombs": zip_bombs.FAMILY,
+    "params.json and Meta's files": params.FAMILY,
     "tampered artifacts": tampered.FAMILY,
 }
