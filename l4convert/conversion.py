@@ -135,6 +135,7 @@ class Conversion:
             name: noise_like(self.checkpoint.tensors[original_name(name, chosen)], noise)
             for name, noise in plain.items()
         }
+        tensors = merged_alike(tensors, self.checkpoint.tensors, noise_tensors)
         checkpoint = dataclasses.replace(self.checkpoint, config=config, tensors=tensors)
         model = self.build(checkpoint)
         for graph_pass in self.passes:

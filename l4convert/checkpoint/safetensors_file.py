@@ -27,6 +27,9 @@ from l4convert.errors import InputError
 
 # The reference implementation's own limit (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
+# In a file, and in all files of a checkpoint. The most that a known one has are the 46,080 of Maverick's experts, one by
+# one and quantized with all five tensors that a weight can then have.
+MAX_TENSORS = 1 << 16
 MAX_RANK = 8
 MAX_DIM = 2**62
 # Each mapping holds a file descriptor; systems commonly allow 1024 of them, and large models have hundreds of shards.
@@ -73,7 +76,7 @@ class Stored(LazyTensor):
 
     def __init__(self, state: _FileState, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int) -> None:
         super().__init__(dtype, shape, name=key)
-        self.file = Path(state.path)
+        self.file = _path(state.path)
         self.key = key
         self.offset = offset
         self._state = state
@@ -132,6 +135,8 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
             length, header = _read_header(path, file.read(8), file, status.st_size)
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be read: {show(error.strerror)}") from error
+    if len(header) > MAX_TENSORS:
+        raise InputError(f"{show(path)}: {len(header):,} tensors, more than the {MAX_TENSORS:,} that a model can have")
     state = _FileState(str(path), status.st_size, status.st_mtime_ns)
     data = 8 + length
     entries = [_entry(path, name, fields) for name, fields in header.items() if name != "__metadata__"]
@@ -222,6 +227,12 @@ def _check_coverage(path: Path, entries: list[_Entry], size: int) -> None:
         position = entry.end
     if position < size:
         raise InputError(f"{show(path)}: {size - position:,} bytes after the last tensor belong to none")
+
+
+@lru_cache(maxsize=MAX_OPEN_FILES)
+def _path(path: str) -> Path:
+    """One object for all tensors of a file: making it is what takes longest in reading a header."""
+    return Path(path)
 
 
 def _require_same(state: _FileState, status: os.stat_result) -> None:
