@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.parameters import parameter_counts
+from l4convert.checkpoint.text import is_address
+from l4convert.checkpoint.traffic import TRAFFIC, Traffic
 from l4convert.conversion import Conversion
 from l4convert.emit import Filling, source_digests, write_artifact
 from l4convert.emit.memory import parse_size
@@ -59,6 +61,7 @@ class ConvertResult:
         sharing: What stays in files of the checkpoint, where that was asked for; not counted in the others.
         resumed_bytes: How many of the bytes an earlier run had written.
         machines: How many machines computed weights.
+        traffic: What came over the network, where the checkpoint is on the hub.
         seconds: Wall time of the whole conversion.
     """
 
@@ -76,6 +79,7 @@ class ConvertResult:
     resumed_bytes: int
     machines: int
     seconds: float
+    traffic: Traffic | None = None
 
 
 def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> ConvertResult:
@@ -96,13 +100,14 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
     from l4convert.emit.cluster import connected
 
     # The machines do not work in this folder. A cluster that is not there is told before anything takes long.
-    options = dataclasses.replace(options, checkpoint=options.checkpoint.absolute())
+    if not is_address(options.checkpoint):
+        options = dataclasses.replace(options, checkpoint=options.checkpoint.absolute())
     with connected(address) as cluster:
         return _convert(options, progress, cluster)
 
 
 def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | None) -> ConvertResult:
-    start = time.monotonic()
+    start, before = time.monotonic(), TRAFFIC.now()
     filling = dataclasses.replace(_filling(options), cluster=cluster)
     conversion = Conversion(options, progress)
     checkpoint, calibration = conversion.checkpoint, conversion.calibration()
@@ -137,6 +142,7 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         resumed_bytes=sum(resumed),
         machines=1 if cluster is None else len(cluster.machines),
         seconds=time.monotonic() - start,
+        traffic=None if checkpoint.hub is None else TRAFFIC.now() - before,
     )
 
 
@@ -154,6 +160,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         UsageError: As :func:`convert`; or both or neither of a checkpoint and a preset, or one that does not exist.
         InputError: As :func:`convert`, except for the disk.
     """
+    before = TRAFFIC.now()
     conversion = Conversion(options, NO_PROGRESS)
     checkpoint, weights = conversion.checkpoint, conversion.plan
     files = _planned_files(conversion)
@@ -162,7 +169,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
     # Before the measurement, which takes memory of its own.
     memory = plan_memory(weights, conversion.recipe, _filling(options), _source_bytes(checkpoint))
     return ConversionPlan(
-        source=str(checkpoint.path),
+        source=checkpoint.title,
         parameters=parameters,
         active_parameters=active,
         source_bytes=_source_bytes(checkpoint),
@@ -179,6 +186,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         memory=memory,
         time=_estimate(conversion, memory.jobs) if measure else None,
         serving=_serving(conversion, table) if isinstance(options, PlanOptions) else None,
+        traffic=None if checkpoint.hub is None else TRAFFIC.now() - before,
     )
 
 
@@ -234,10 +242,15 @@ def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
         return None
 
 
+def _source(checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:
+    hub = {} if checkpoint.hub is None else {"hub": dataclasses.asdict(checkpoint.hub)}
+    return {"format": checkpoint.format, **hub, "files": source_digests(checkpoint.files, progress)}
+
+
 def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     checkpoint = conversion.checkpoint
     return {
-        "source": {"format": checkpoint.format, "files": source_digests(checkpoint.files, progress)},
+        "source": _source(checkpoint, progress),
         "config": dataclasses.asdict(checkpoint.config),
         "target": conversion.target.name,
         "recipe": conversion.recipe.to_dict(),

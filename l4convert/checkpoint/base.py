@@ -9,6 +9,7 @@ from typing import Literal
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.remote import HubSource
 
 Experts = Literal["stacked", "unfused"]
 
@@ -25,6 +26,7 @@ class Checkpoint:
         experts: ``stacked``: one [E, in, out] tensor a projection; ``unfused``: one [out, in] weight an expert.
         sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
         files: Every file that decides the result (config, index, weights), for digests.
+        hub: Where it came from, where that is the Hugging Face Hub; ``path`` is then a folder of its cache.
     """
 
     path: Path
@@ -34,6 +36,12 @@ class Checkpoint:
     experts: Experts
     sidecars: tuple[Path, ...]
     files: tuple[Path, ...]
+    hub: HubSource | None = None
+
+    @property
+    def title(self) -> str:
+        """What a user calls it: its folder, or its address with the commit."""
+        return str(self.path if self.hub is None else self.hub)
 
 
 @dataclass(frozen=True)

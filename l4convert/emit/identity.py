@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l4convert import __version__
+from l4convert.checkpoint.remote import remote_file
 from l4convert.emit.jobs import total_jobs
 from l4convert.emit.manifest import LIBRARIES
 from l4convert.emit.plan import WeightsPlan
@@ -28,13 +29,16 @@ def identify(
         plan: Of the weights file.
         contents: Name to content of the files that are made from the options and the graph.
         manifest: The caller's fields of the manifest: the source's digests and the options.
-        sources: Files whose size and time of change must stay.
+        sources: Files whose size and time of change must stay; those on a server: whose size and ETag.
 
     Raises:
         InputError: A source cannot be read.
     """
     facts: dict[str, Any] = {}
     for path in sources:
+        if file := remote_file(path):
+            facts[f"{SOURCE}{path.name}"] = [file.size, file.etag]
+            continue
         with reported(f"{path}: cannot be read"):
             status = path.stat()
         facts[f"{SOURCE}{path.name}"] = [status.st_size, status.st_mtime_ns]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4convert import __version__
+from l4convert.checkpoint.remote import RemoteFile, remote_file
 from l4convert.checkpoint.text import parse_object, quote, read_bytes
 from l4convert.emit.digest import file_digest
 from l4convert.emit.staging import MANIFEST_FILE, reported
@@ -101,9 +102,11 @@ def source_digests(files: Sequence[Path], progress: Progress = NO_PROGRESS) -> d
     zip containers of torch.save keep a CRC-32 of every member. So another layout, dtype or sharding is noticed; a
     change of a large shard's weight bytes alone is not. Hashing everything would take longer than the conversion.
 
+    Of a file on a server, its SHA-256 as the server knows it is recorded too.
+
     Returns:
-        Path relative to the files' common folder -> ``bytes`` and one of ``sha256``, ``header_sha256``,
-        ``tail_sha256``.
+        Path relative to the files' common folder -> ``bytes`` and ``sha256``, ``header_sha256``, ``tail_sha256`` or
+        ``git_sha1``.
 
     Raises:
         InputError: A file cannot be read.
@@ -121,6 +124,8 @@ def source_digests(files: Sequence[Path], progress: Progress = NO_PROGRESS) -> d
 
 
 def _source_digest(path: Path) -> dict[str, Any]:
+    if far := remote_file(path):
+        return _remote_digest(far)
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
         return {"bytes": size, "sha256": file_digest(path)[1]}
@@ -131,6 +136,29 @@ def _source_digest(path: Path) -> dict[str, Any]:
             return {"bytes": size, "header_sha256": hashlib.sha256(prefix + text).hexdigest()}
         file.seek(size - _TAIL_BYTES)
         return {"bytes": size, "tail_sha256": hashlib.sha256(file.read()).hexdigest()}
+
+
+def _remote_digest(file: RemoteFile) -> dict[str, Any]:
+    """What the server says the file is (SHA-256, or a Git object's SHA-1), and the digest that a copy would get."""
+    known = {"sha256": file.sha256} if file.sha256 else {"git_sha1": file.etag}
+    if file.size <= WHOLE_BYTES and file.sha256:
+        return {"bytes": file.size, **known}
+    prefix = file.read(0, 8)
+    text = file.read(8, 8 + min(int.from_bytes(prefix, "little"), WHOLE_BYTES))
+    return {"bytes": file.size, **known, "header_sha256": hashlib.sha256(prefix + text).hexdigest()}
+
+
+def same_sources(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two results of :func:`source_digests` can be of the same files.
+
+    One made from a server knows the whole file's digest where another knows the header's: what both know must agree.
+    """
+    return some.keys() == others.keys() and all(
+        isinstance(others[name], dict)
+        and isinstance(entry, dict)
+        and all(others[name][key] == entry[key] for key in entry.keys() & others[name].keys())
+        for name, entry in some.items()
+    )
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
