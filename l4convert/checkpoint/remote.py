@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _STEP_BYTES = 8 << 20
 # The beginning of a file, which is read once: the header of a shard of Llama 4 has about ten kilobytes.
 _HEAD_BYTES = 64 << 10
+_SMALL_BYTES = 64 << 10
 # Ranges that are read at the same time, at least; a server answers one connection slower than a network could.
 _CONNECTIONS = 8
 
@@ -206,9 +208,19 @@ def read_tile(span: Span, first: int, shape: tuple[int, int], dtype: np.dtype, r
     return part
 
 
+@lru_cache(maxsize=512)
+def _small(span: Span) -> bytes:
+    """A small tensor, such as a scale, which is looked at whenever the graph is written."""
+    return span.file.read(span.start, span.stop)
+
+
 def _read(span: Span, start: int, array: np.ndarray, keep: int) -> None:
     """Fill a C-contiguous array; ``keep``: so many bytes of the tensor will be asked for again soon."""
     buffer = array.reshape(-1).view(np.uint8).data
+    if span.stop - span.start <= _SMALL_BYTES:
+        at = start - span.start
+        buffer[:] = _small(span)[at : at + len(buffer)]
+        return
     if _streams:
         _streams[-1].spool.read(span, start, buffer, keep)
         return

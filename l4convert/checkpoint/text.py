@@ -39,7 +39,7 @@ def show(text: object) -> str:
 
 def is_address(path: object) -> bool:
     """Whether it is meant as an address on the Hugging Face Hub, not as a folder."""
-    return str(path).startswith("hf:/")
+    return str(path) == "hf:" or str(path).startswith("hf:/")
 
 
 def address_text(path: object) -> str:

@@ -27,7 +27,6 @@ from l4convert.errors import RemoteError
 if TYPE_CHECKING:
     import httpx2
 
-_PIECE_BYTES = 1 << 20
 _REDIRECTS = 5
 # How often the hub is asked for another address because the storage refused the one that it gave.
 _REFUSALS = 2
@@ -131,14 +130,14 @@ def _body(file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
         raise Fault(f"more than {_REDIRECTS} redirects", most=0)
     except retried_errors() as error:
         raise Fault(reason(error)) from error
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise Fault(reason(error), most=0) from error
 
 
 def _pieces(response: httpx2.Response, nbytes: int) -> Iterator[bytes]:
     """The body, which must have so many bytes."""
     left = nbytes
-    for data in response.iter_raw(_PIECE_BYTES):
+    for data in response.iter_raw():
         TRAFFIC.received(len(data))
         left -= len(data)
         if left < 0:
@@ -218,9 +217,13 @@ def _locate(file: RemoteFile) -> str:
 
 
 def _redirected(file: RemoteFile, url: str, location: str) -> str:
-    target = urljoin(url, location)
     schemes = {urlsplit(file.url).scheme, "https"}
-    if urlsplit(target).scheme not in schemes:
+    try:
+        target = urljoin(url, location)
+        scheme, _, _ = _origin(target)
+    except ValueError as error:
+        raise Fault("the server points to an address that is none", most=0) from error
+    if scheme not in schemes:
         raise Fault(f"the server points to an address that is not {' or '.join(sorted(schemes))}", most=0)
     return target
 
