@@ -7,6 +7,7 @@ a network library; :mod:`l4convert.checkpoint.hub` does.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     from l4convert.checkpoint.hub.spool import Spool
 
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of a Git object, or of the content of a file in Git LFS or Xet
 # Of a matrix whose columns are wanted, so many bytes of whole rows are held at a time.
 _STEP_BYTES = 8 << 20
 # The beginning of a file, which is read once: the header of a shard of Llama 4 has about ten kilobytes.
@@ -109,6 +111,18 @@ def complete(folder: Path, files: Iterable[RemoteFile]) -> None:
 def remote_file(path: Path) -> RemoteFile | None:
     """The file on a server that stands at ``path``, unless a file lies there."""
     return None if path.exists() else _files.get(path)
+
+
+def known_etag(path: Path) -> str | None:
+    """What the hub calls the content of a file: of one on a server, and of one in Hugging Face's cache.
+
+    There, ``snapshots/<commit>/<name>`` is a link to ``blobs/<etag>``.
+    """
+    if file := remote_file(path):
+        return file.etag
+    content = path.resolve()
+    cached = path.parent.parent.name == "snapshots" and content.parent.name == "blobs"
+    return content.name if cached and _ETAG.fullmatch(content.name) else None
 
 
 def is_file(path: Path) -> bool:

@@ -148,7 +148,8 @@ def test_a_header_longer_than_its_beginning_is_read(serve: Serve, tmp_path: Path
     path = folder / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-XX
+    longer = (length + 100_000).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 100_000
+    path.write_bytes(longer + data[8 + length :])
     serve(folder)
     ours, theirs = (open_checkpoint(place).tensors["model.norm.weight"].numpy() for place in (CKPT, folder))
     assert (ours == theirs).all()
@@ -163,6 +164,8 @@ def test_large_files_get_the_digests_that_a_copy_gets_too(
     assert far["model.safetensors"].keys() == {"bytes", "sha256", "header_sha256"}
     assert here["model.safetensors"].keys() == {"bytes", "header_sha256"}
     assert same_sources(far, here)
+    hf_hub_download(REPO, "model.safetensors")
+    assert source_digests(open_checkpoint(CKPT).files) == far
     changed = {**here, "model.safetensors": {**here["model.safetensors"], "header_sha256": "0"}}
     assert not same_sources(far, changed)
     assert not same_sources(far, {})
@@ -194,8 +197,9 @@ def test_what_the_cache_has_is_not_fetched(serve: Serve, wide: Path, tmp_path: P
     checkpoint = open_checkpoint(CKPT)
     assert not [request for request in hub.asked(names[0]) if ranged(request)]
     assert [file.exists() for file in checkpoint.files if file.suffix == ".safetensors"] == [True, False, False]
+    hub.requests.clear()
     convert(ConvertOptions(checkpoint=CKPT, output=tmp_path / "out"))
-    assert hub.sent < weights_size(wide) - (wide / names[0]).stat().st_size + 3 * 65536
+    assert hub.sent <= weights_size(wide) - (wide / names[0]).stat().st_size + 2 * 65536
 
 
 def test_without_a_network_the_cache_serves(serve: Serve, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +259,7 @@ def test_validate_downloads_and_says_how_much_first(
     assert (Path(constants.HF_HUB_CACHE) / f"models--{REPO.replace('/', '--')}").is_dir()
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub's, of the small files
 def test_a_disk_that_is_too_small_for_the_reference_is_told(
     serve: Serve, maverick_layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,11 +324,7 @@ def test_what_is_no_address(address: str) -> None:
 def test_names_that_lead_elsewhere_name_nothing(serve: Serve, maverick_layout: Path, tmp_path: Path) -> None:
     names = ["../evil.json", "/etc/evil.json", "a/../../evil.json", "evil\n.json", "..", "*.json", "x" * 400 + ".json"]
     hub = serve(maverick_layout)
-    hub.listed = lambda rows: [
-        *rows,
-        *({**rows[0], "rfilename": name} for name in names),
-        {**rows[0], "rfilename": None},
-    ]
+    hub.listed = lambda rows: [*rows, *({**rows[0], "rfilename": name} for name in names)]
     open_checkpoint(CKPT)
     assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
     assert not hub.asked("evil")
@@ -412,9 +413,7 @@ def test_an_outage_ends_a_run_that_can_go_on(serve: Serve, wide: Path, expected:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on(
-    serve: Serve, wide: Path, expected: bytes, tmp_path: Path, how: signal.Signals
-) -> None:
+def test_a_killed_run_goes_on(serve: Serve, wide: Path, expected: bytes, tmp_path: Path, how: signal.Signals) -> None:
     hub = serve(wide)
     out = tmp_path / "far"
     hub.faults.append(lambda request, _: large(request) and time.sleep(0.03) is not None)
