@@ -19,9 +19,10 @@ from l4convert.errors import InputError, UsageError
 from l4convert.frontend.decoder import build_decoder
 from l4convert.graph_passes import CANONICAL_PASSES, Pass, PassReport
 from l4convert.options import ConvertOptions, PlanOptions
-from l4convert.planning.estimate import noise_tensors, sample_layers
+from l4convert.planning.estimate import noise_like, noise_tensors, original_name, sample_layers
 from l4convert.planning.sharing import plan_sharing
 from l4convert.progress import Progress
+from l4convert.quantization.carry_over import resolve
 from l4convert.quantization.kv import KvScheme
 from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules, with_kv_cache
 from l4convert.runtime.calibration_text import CalibrationText, read_calibration_text
@@ -62,6 +63,7 @@ class Conversion:
         _check_kv_cache(self.recipe, self.target, options)
         self.checkpoint = _open(options)
         _check_recipe(self.recipe, self.checkpoint)
+        self.recipe = resolve(self.recipe, self.checkpoint)
         self.text = _calibration_text(options, self.checkpoint)
         self.model = self.build(self.checkpoint)
         self.reports = tuple(self.run_pass(p, options, progress) for p in self.passes)
@@ -122,12 +124,17 @@ class Conversion:
     def sample(self) -> WeightsPlan:
         """The same conversion of one layer of each kind, with random weights."""
         config = self.checkpoint.config
-        layers = tuple(config.layers[i] for i in sample_layers(layer.moe for layer in config.layers))
-        config = dataclasses.replace(config, layers=layers)
-        tensors: dict[str, LazyTensor] = noise_tensors(
+        chosen = sample_layers(layer.moe for layer in config.layers)
+        config = dataclasses.replace(config, layers=tuple(config.layers[i] for i in chosen))
+        plain: dict[str, LazyTensor] = noise_tensors(
             expected_tensors(config, self.checkpoint.experts), next(iter(self.checkpoint.tensors.values())).dtype
         )
-        model = self.build(dataclasses.replace(self.checkpoint, config=config, tensors=tensors))
+        tensors = {
+            name: noise_like(self.checkpoint.tensors[original_name(name, chosen)], noise)
+            for name, noise in plain.items()
+        }
+        checkpoint = dataclasses.replace(self.checkpoint, config=config, tensors=tensors)
+        model = self.build(checkpoint)
         for graph_pass in self.passes:
             graph_pass(model, self.recipe)
         return plan_weights(model)

@@ -63,6 +63,7 @@ class BackendMissing(L4Error):
 # user's to solve, not a defect.
 INSTALL = {
     "cmake": "pip install cmake",
+    "compressed_tensors": "pip install compressed-tensors",
     "cuda": "pip install cuda-bindings",
     "huggingface_hub": "pip install huggingface_hub",
     "kernel_lens": "pip install kernel-lens",

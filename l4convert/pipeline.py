@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.parameters import parameter_counts
+from l4convert.checkpoint.prequantized import stored_bytes
 from l4convert.checkpoint.text import is_address
 from l4convert.checkpoint.traffic import TRAFFIC, Traffic
 from l4convert.conversion import Conversion
@@ -228,7 +229,7 @@ def _filling(options: HowOptions) -> Filling:
 
 
 def _source_bytes(checkpoint: Checkpoint) -> int:
-    return sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return sum(stored_bytes(tensor) for tensor in checkpoint.tensors.values())
 
 
 def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
@@ -243,8 +244,12 @@ def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
 
 
 def _source(checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:
-    hub = {} if checkpoint.hub is None else {"hub": dataclasses.asdict(checkpoint.hub)}
-    return {"format": checkpoint.format, **hub, "files": source_digests(checkpoint.files, progress)}
+    return {
+        "format": checkpoint.format,
+        **({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization}),
+        **({} if checkpoint.hub is None else {"hub": dataclasses.asdict(checkpoint.hub)}),
+        "files": source_digests(checkpoint.files, progress),
+    }
 
 
 def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
@@ -259,7 +264,12 @@ def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progres
         "compute": conversion.compute,
         "calls": conversion.target.calls,
         "passes": [
-            {"name": r.name, "fired": r.fired, "skipped": dict(Counter(reason for _, reason in r.skipped))}
+            {
+                "name": r.name,
+                "fired": r.fired,
+                "skipped": dict(Counter(reason for _, reason in r.skipped)),
+                **({"notes": dict(Counter(remark for _, remark in r.notes))} if r.notes else {}),
+            }
             for r in conversion.reports
         ],
     }

@@ -10,6 +10,7 @@ from typing import Literal
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.remote import HubSource
+from l4convert.checkpoint.text import is_address, show
 
 Experts = Literal["stacked", "unfused"]
 
@@ -23,10 +24,12 @@ class Checkpoint:
         format: Name of the row of ``FORMATS`` that read it.
         config: The text decoder's hyperparameters.
         tensors: Canonical name (see :mod:`l4convert.checkpoint.names`) to tensor (BF16, F16 or F32), in model order.
+            Those that are stored quantized are F32, exactly (:mod:`l4convert.checkpoint.prequantized`).
         experts: ``stacked``: one [E, in, out] tensor a projection; ``unfused``: one [out, in] weight an expert.
         sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
         files: Every file that decides the result (config, index, weights), for digests.
         hub: Where it came from, where that is the Hugging Face Hub; ``path`` is then a folder of its cache.
+        quantization: How the checkpoint stores its weights quantized, in words; None: it does not.
     """
 
     path: Path
@@ -36,12 +39,19 @@ class Checkpoint:
     experts: Experts
     sidecars: tuple[Path, ...]
     files: tuple[Path, ...]
+    quantization: str | None = None
     hub: HubSource | None = None
 
     @property
     def title(self) -> str:
         """What a user calls it: its folder, or its address with the commit."""
-        return str(self.path if self.hub is None else self.hub)
+        shown = show(self.path)  # a folder of Hugging Face's cache has the address as its name
+        return shown if is_address(shown) else str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The same in short: a folder's own name."""
+        return self.title if is_address(self.title) else self.path.name
 
 
 @dataclass(frozen=True)

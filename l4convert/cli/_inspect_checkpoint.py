@@ -9,7 +9,9 @@ from typing import Any
 
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.parameters import parameter_counts
+from l4convert.checkpoint.prequantized import quantized_parts, stored_bytes
 from l4convert.checkpoint.traffic import TRAFFIC, Traffic
 from l4convert.cli._network import network_payload, network_rows
 from l4convert.cli._render import count, fields, ranges, size, table
@@ -23,7 +25,7 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
     payload = _payload(checkpoint) | {"network": network_payload(traffic)}
     text = [_summary(checkpoint, payload, traffic), _bytes_table(payload["bytes_by_dtype"])]
     if tensors:
-        rows = [(name, t.dtype.name, list(t.dims), t.nbytes) for name, t in checkpoint.tensors.items()]
+        rows = [(name, _stored_type(t), list(t.dims), stored_bytes(t)) for name, t in checkpoint.tensors.items()]
         payload["tensors"] = [
             {"name": name, "dtype": dtype, "shape": shape, "bytes": nbytes} for name, dtype, shape, nbytes in rows
         ]
@@ -34,7 +36,7 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
 def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
     nbytes: dict[str, int] = defaultdict(int)
     for tensor in checkpoint.tensors.values():
-        nbytes[tensor.dtype.name] += tensor.nbytes
+        nbytes[_stored_type(tensor)] += stored_bytes(tensor)
     total, active = parameter_counts(checkpoint.config, checkpoint.tensors)
     return {
         "kind": "checkpoint",
@@ -42,6 +44,7 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
         "hub": None if checkpoint.hub is None else dataclasses.asdict(checkpoint.hub),
         "format": checkpoint.format,
         "experts": checkpoint.experts,
+        "quantization": checkpoint.quantization,
         "config": dataclasses.asdict(checkpoint.config),
         "parameters": total,
         "active_parameters": active,
@@ -49,6 +52,12 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": sum(nbytes.values()),
         "bytes_by_dtype": dict(nbytes),
     }
+
+
+def _stored_type(tensor: LazyTensor) -> str:
+    """The element type in the checkpoint: of what is stored quantized, that of the codes."""
+    part = next(quantized_parts(tensor), None)
+    return (tensor if part is None else part.values).dtype.name
 
 
 def _summary(checkpoint: Checkpoint, payload: dict[str, Any], traffic: Traffic | None) -> str:
@@ -61,6 +70,7 @@ def _summary(checkpoint: Checkpoint, payload: dict[str, Any], traffic: Traffic |
         [
             ("checkpoint", checkpoint.title),
             ("format", f"{checkpoint.format}, experts {checkpoint.experts}"),
+            *([] if checkpoint.quantization is None else [("quantized", checkpoint.quantization)]),
             ("parameters", f"{count(payload['parameters'])} ({active})"),
             ("size", f"{size(payload['bytes'])} in {payload['tensor_count']:,} tensors"),
             *layer_rows(config),

@@ -14,8 +14,8 @@ from l4convert.emit.manifest import same_sources
 from l4convert.frontend.rope import inverse_frequencies
 from l4convert.parity.in_steps import InSteps
 from l4convert.parity.metrics import Comparison
+from l4convert.parity.open_reference import CheckpointReference
 from l4convert.parity.outcome import TextUsed
-from l4convert.parity.reference import TransformersReference
 from l4convert.parity.splits import boundaries
 from l4convert.parity.steps import reference_steps
 from l4convert.parity.ways import Way
@@ -62,7 +62,7 @@ def step_notes(way: Way, config: DecoderConfig) -> Iterator[str]:
             )
 
 
-def position_notes(reference: TransformersReference, ids: IntArray) -> Iterator[str]:
+def position_notes(reference: CheckpointReference, ids: IntArray) -> Iterator[str]:
     """How far the reference is off by itself at the end of a long window [tokens].
 
     A text is given positions of the last chunk instead of the first. RoPE is relative and a text of one chunk sees

@@ -20,9 +20,10 @@ from l4convert.parity.notes import (
     step_notes,
     text_notes,
 )
+from l4convert.parity.open_reference import open_reference
 from l4convert.parity.outcome import ParityReport, TextUsed
 from l4convert.parity.policy import Policy, default_policy
-from l4convert.parity.reference import Reference, TransformersReference
+from l4convert.parity.reference import Reference
 from l4convert.parity.steps import is_long
 from l4convert.parity.trial import Trial
 from l4convert.parity.ways import choose_way
@@ -104,7 +105,7 @@ def validate(
     )
     windows, used = prepare_text(info, text, tokens, window, text_name)
     with progress.task("Loading the reference", total=1, unit="models") as task:
-        model = TransformersReference(reference, exact_angles=exact_angles)
+        model = open_reference(reference, exact_angles=exact_angles)
         task.advance(1)
     with model, run_with.open(artifact, max_length=window, threads=threads) as session:
         _check_same_model(info.config, model.checkpoint.config, artifact, reference)

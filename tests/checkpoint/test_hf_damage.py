@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "float64 weights": (lambda p: replace(p, Q_PROJ, lambda t: t.double()), [Q_PROJ, "F64", "BF16, F16, F32"]),
     "fp8 weights": (
         lambda p: replace(p, Q_PROJ, lambda t: t.to(torch.float8_e4m3fn)),
-        [Q_PROJ, "F8_E4M3", "quantized checkpoints are not supported yet"],
+        [Q_PROJ, "F8_E4M3", "is F8_E4M3, expected one of"],
     ),
     "quantized names": (
         lambda p: (drop(p, ROUTER), everywhere(p, lambda t: t.update({"x.qweight": torch.ones(2)}))),

@@ -53,7 +53,7 @@ def test_bundled(name: str, quantized: tuple[str, ...], scheme: Scheme) -> None:
 
 
 def test_bundled_names() -> None:
-    assert bundled_recipes() == ("fp8", "fp8-experts", "int4", "none")
+    assert bundled_recipes() == ("fp8", "fp8-experts", "int4", "keep", "none")
 
 
 def test_first_match_wins_and_the_rest_is_left_alone(tmp_path: Path) -> None:
