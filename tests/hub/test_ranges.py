@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from l4convert.checkpoint.hub import faults
 from l4convert.checkpoint.hub.address import Address
 from l4convert.checkpoint.hub.listing import list_files
-from l4convert.checkpoint.hub.ranges import read_range
+from l4convert.checkpoint.hub.ranges import read_range, receive
 from l4convert.checkpoint.remote import RemoteFile
 from l4convert.errors import RemoteError
 from tests.checkpoint.refusals import assert_refused
@@ -253,7 +253,7 @@ def test_waiting_ends_when_the_run_does(hub: Hub, monkeypatch: pytest.MonkeyPatc
     threading.Timer(0.1, stopped.set).start()
     begin = time.monotonic()
     with pytest.raises(RemoteError):
-        read_range(remote(hub), 0, memoryview(bytearray(10)), stopped)
+        receive(remote(hub), 0, 10, lambda *_: None, stopped)
     assert time.monotonic() - begin < 10
 
 

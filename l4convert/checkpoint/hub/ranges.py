@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -76,24 +76,40 @@ _places: dict[RemoteFile, _Place] = {}
 _places_lock = threading.Lock()
 
 
-def read_range(file: RemoteFile, start: int, buffer: memoryview, stopped: threading.Event | None = None) -> None:
-    """Fill ``buffer`` with the file's bytes from ``start`` on.
+def read_range(file: RemoteFile, start: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` with the file's bytes from ``start`` on; see :func:`receive`."""
+
+    def take(position: int, data: bytes) -> None:
+        buffer[position - start : position - start + len(data)] = data
+
+    receive(file, start, start + len(buffer), take)
+
+
+def receive(
+    file: RemoteFile,
+    start: int,
+    stop: int,
+    take: Callable[[int, bytes], None],
+    stopped: threading.Event | None = None,
+) -> None:
+    """Get the file's bytes from ``start`` to before ``stop``.
 
     Args:
         file: The file.
         start: Offset of the first byte.
-        buffer: Writable bytes; not empty ranges past the end.
-        stopped: When set, waiting for the server ends with an error.
+        stop: Offset after the last one, at most the file's size.
+        take: Called with an offset in the file and the bytes that are there, in order, each byte once.
+        stopped: When set, this ends soon with an error.
 
     Raises:
         RemoteError: The server cannot be reached, refuses, or does not send what it was asked for.
     """
-    position = failed_at = 0
+    position = failed_at = start
     failures = 0  # one after the other
-    while position < len(buffer):
+    while position < stop:
         try:
-            for data in _body(file, start + position, start + len(buffer)):
-                buffer[position : position + len(data)] = data
+            for data in _body(file, position, stop):
+                take(position, data)
                 position += len(data)
                 if stopped is not None and stopped.is_set():
                     raise RemoteError(f"{file.name}: reading it was stopped")
@@ -101,7 +117,7 @@ def read_range(file: RemoteFile, start: int, buffer: memoryview, stopped: thread
             failures = 1 if position - failed_at >= _PROGRESS_BYTES else failures + 1
             failed_at = position
             if failures > fault.most or not ask_again(failures, fault.wait, stopped):
-                where = f"bytes {start:,} to {start + len(buffer):,}"
+                where = f"bytes {start:,} to {stop:,}"
                 raise RemoteError(f"{file.name}: {where} cannot be read: {fault}", fault.hint) from fault
             TRAFFIC.retried()
 

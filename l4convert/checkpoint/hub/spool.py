@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from l4convert.checkpoint.hub.ranges import read_range
+from l4convert.checkpoint.hub.ranges import receive
 from l4convert.checkpoint.remote import Span
 from l4convert.checkpoint.text import show
 from l4convert.errors import InputError
@@ -146,9 +146,8 @@ class Spool:
 
     def _fetch(self, span: Span, key: _Key, begin: int, chunk: _Chunk) -> None:
         try:
-            data = bytearray(chunk.nbytes)
-            read_range(span.file, begin, memoryview(data), self._stopped)
-            self._write(data, chunk.slot * CHUNK_BYTES)
+            to = chunk.slot * CHUNK_BYTES - begin
+            receive(span.file, begin, begin + chunk.nbytes, lambda at, data: self._write(data, to + at), self._stopped)
         except BaseException as error:
             with self._lock:
                 del self._chunks[key]
@@ -162,7 +161,7 @@ class Spool:
         with self._lock:
             self._most = max(self._most, 2 * -(-nbytes // CHUNK_BYTES) + 2 * _AHEAD)
 
-    def _write(self, data: bytearray, offset: int) -> None:
+    def _write(self, data: bytes, offset: int) -> None:
         view = memoryview(data)
         try:
             while view:
