@@ -125,7 +125,10 @@ def _expert_width(params: Fields, moe: Fields, dim: int) -> int:
         params.fail("ffn_exp", "is too large")
     width = _scaled(params, int(2 * int(expanded) / 3))
     if moe.boolean("auto_scale_F", True):
-        width = int(width / (moe.number("capacity_factor", 1.0, positive=False) + 1))
+        capacity = moe.number("capacity_factor", 1.0, positive=False)
+        if capacity <= -1:
+            moe.fail("capacity_factor", f"is {capacity:g}, must be above -1")
+        width = int(width / (capacity + 1))
     return _rounded(params, width)
 
 
