@@ -54,6 +54,8 @@ def read(source: Source) -> ReadWeights:
             continue
         scheme = _scheme_of(source.layout.stored(module), schemes, ignored, config)
         tensors[weight] = FORMATS[scheme.format](source, scheme, weight)
+        if (plain := source.stored.get(weight)) is not None:
+            raise InputError(f"{where(plain)} is there both quantized and not", "one of the two is left over")
     return ReadWeights(tensors, summary(NAME, tensors, source.expected))
 
 
