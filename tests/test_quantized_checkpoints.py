@@ -50,20 +50,19 @@ def test_from_inspect_to_verify(
 
     plan = run_json(capsys, "plan", checkpoint, "--recipe", recipe)
     notes = {row["name"]: [note["remark"] for note in row["notes"]] for row in plan["passes"]}
-    assert {
-        text.partition(":")[0].partition(", ")[2] or text.partition(":")[0] for text in notes["quantize_weights"]
-    } == {remark}
+    assert notes["quantize_weights"]
+    assert all(remark in note for note in notes["quantize_weights"])
 
     out = tmp_path / "out"
     done = run_json(capsys, "convert", checkpoint, "--output", out, "--recipe", recipe)
-    assert done["bytes"] == plan["bytes"] - sum(n for name, n in plan["files"].items() if name != "model.safetensors")
+    assert done["bytes"] == plan["bytes"]
     manifest = json.loads((out / "l4convert.json").read_text())
     assert manifest["source"]["quantization"] == found["quantization"]
 
     report = run_json(capsys, "validate", out, "--reference", checkpoint, "--tokens", 200, "--window", 40)
     assert report["policy"]["name"] == "default for none"
     assert report["passed"]
-    assert max(row["metrics"]["max_rel_logit"] for row in report["splits"]) < 1e-4
+    assert max(row["reference"]["max_rel_logit"] for row in report["rows"]) < 1e-4
     run_json(capsys, "verify", out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from l4convert.cli._passes import passes_payload, passes_text
+from l4convert.cli._passes import notes_lines, passes_payload, passes_text
 from l4convert.cli._plan_serving import serving_payload, serving_text
 from l4convert.cli._render import count, fields, size, table
 from l4convert.cli._settings import Settings
@@ -93,6 +93,8 @@ def plan_text(plan: ConversionPlan, tensors: bool, verbose: bool, explain: bool 
         parts.append(serving_text(plan.serving, explain or verbose))
     if verbose:
         parts.append(passes_text(plan.passes, verbose=True))
+    elif notes := notes_lines(plan.passes):
+        parts.append("\n".join(notes))
     if verbose or explain:
         parts.append(_methods(plan))
     return "\n\n".join(parts)
