@@ -8,8 +8,9 @@ from typing import Any
 
 from tests.checkpoints import save_sharded, write_random_checkpoint
 
+DENSE = ("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
 #: What FbgemmFp8Config leaves alone here: all but the routed experts and the output projections of attention.
-KEPT = ("lm_head", "router", "shared_expert", "q_proj", "k_proj", "v_proj")
+KEPT = ("lm_head", "router", "shared_expert", "q_proj", "k_proj", "v_proj", *DENSE)
 
 
 def write_fbgemm_checkpoint(path: Path, **overrides: Any) -> Path:
