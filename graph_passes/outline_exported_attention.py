@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
-from l4convert.frontend.compute import COMPUTE_TYPES, compute_type
+from l4convert.frontend.compute import compute_type, from_float32
 from l4convert.graph_passes.attention_masks import MaskForm, understand
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import add_function, attributes_of, clean_up, replace_outputs
@@ -21,6 +21,9 @@ from l4convert.graph_passes.outline_attention import make_pattern
 from l4convert.plugins.long_context_attention import definition
 from l4convert.plugins.long_context_attention.definition import AttentionSpec
 from l4convert.quantization.recipe import Recipe
+
+# More tokens than any cache holds; times a chunk it still is an int64.
+_FAR = 1 << 40
 
 
 def run(model: ir.Model, recipe: Recipe) -> Outcome:
@@ -95,22 +98,34 @@ def _outline(
 def _no_past(b: Builder, query: ir.Value, spec: AttentionSpec) -> ir.Value:
     """A cache [B,Hk,0,D] of no tokens."""
     shape = b.op("Concat", b.dim(query, 0), b.constant([spec.kv_num_heads, 0, spec.head_dim]), axis=0)
-    zero = ir.tensor(np.zeros(1, COMPUTE_TYPES[spec.compute].numpy()))
-    return b.op("ConstantOfShape", shape, value=zero)
+    return from_float32(b, b.op("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32))), spec.compute)
 
 
 def _positions(b: Builder, form: MaskForm, found: Found) -> ir.Value:
-    """The place of every token, int64 [B,P+S], in its row or from its row's first token on; -1 where there is none."""
+    """The place of every token, int64 [B,P+S], in its row or from its row's first token on.
+
+    Padding in front of all tokens and behind them is -1. Padding in between, and in front where places count from the
+    row's beginning, is far behind all tokens, where none sees it, and not at its own place, so that no kernel takes the
+    row for one without padding (lower_attention_to_gqa).
+    """
     new = b.dim(found.query, 1)
     total = new if found.key.past is None else b.op("Add", new, b.dim(found.key.past, 2))
     batch = b.dim(found.query, 0)
-    places = b.op("Range", b.constant(0), b.op("Squeeze", total), b.constant(1))
+    place = b.op("Range", b.constant(0), b.op("Squeeze", total), b.constant(1))
     if form.mask is None:
-        return b.op("Expand", b.op("Unsqueeze", places, b.constant([0])), b.op("Concat", batch, total, axis=0))
+        return b.op("Expand", b.op("Unsqueeze", place, b.constant([0])), b.op("Concat", batch, total, axis=0))
     mask = b.slice(b.slice(form.mask, b.constant([0]), batch, axis=0), b.constant([0]), total, axis=1)
     real = b.op("Cast", mask, to=int(ir.DataType.BOOL))
-    if form.from_first_token:
-        seen = b.op("CumSum", b.op("Cast", real, to=int(ir.DataType.INT64)), b.constant(1))
-        before = b.op("Cast", b.op("Equal", seen, b.constant(0)), to=int(ir.DataType.INT64))
-        places = b.op("Sub", places, b.op("ReduceSum", before, b.constant([1]), keepdims=1))
-    return b.op("Where", real, places, b.constant(-1))
+    ones = b.op("Cast", real, to=int(ir.DataType.INT64))
+    seen = b.op("CumSum", ones, b.constant(1))
+    padding = b.op(
+        "Less", seen, b.op("ReduceSum", ones, b.constant([1]), keepdims=1)
+    )  # or a token; not behind the last
+    counted = place
+    if form.from_first_token or not form.chunk_size:
+        before = b.op("Equal", seen, b.constant(0))
+        padding = b.op("And", padding, b.op("Not", before))
+        first = b.op("ReduceSum", b.op("Cast", before, to=int(ir.DataType.INT64)), b.constant([1]), keepdims=1)
+        counted = b.op("Sub", place, first)
+    far = b.op("Add", place, b.constant(1 + (form.chunk_size or 1) * _FAR))
+    return b.op("Where", real, counted, b.op("Where", padding, far, b.constant(-1)))

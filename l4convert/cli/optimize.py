@@ -118,6 +118,6 @@ def _reasons(result: OptimizeResult, most: int | None) -> str:
 def _comparison(result: OptimizeResult) -> str:
     if result.comparison is None:
         return ""
-    rows = [(o.name, f"{o.error:.3g}", f"{o.largest:.3g}") for o in result.comparison.outputs]
-    text = table(["output", "largest difference", "largest value"], rows, right=[1, 2])
-    return f"{text}\non {' and '.join(result.comparison.probes)}, beside the given model on ONNX Runtime"
+    rows = [(o.name, f"{o.error:.3g}", f"{o.mean:.3g}", f"{o.largest:.3g}") for o in result.comparison.outputs]
+    text = table(["output", "largest difference", "mean", "largest value"], rows, right=[1, 2, 3])
+    return f"{text}\non {', '.join(result.comparison.probes)}; beside the given model on ONNX Runtime"
