@@ -132,7 +132,6 @@ def _expert_width(params: Fields, moe: Fields, dim: int) -> int:
         if expanded > MAX_INT:
             moe.fail("capacity_factor", f"is {capacity:g}, which makes the experts too wide")
         width = int(expanded)
-        width = int(width / (capacity + 1))
     return _rounded(params, width)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from l4convert.checkpoint import open_checkpoint
+from l4convert.errors import InputError
 from tests.checkpoint.damage import copy_of, edit, needs_links
 from tests.checkpoints import MAVERICK, write_random_checkpoint
 
