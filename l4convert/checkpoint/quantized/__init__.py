@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import LazyTensor, cast
-from l4convert.checkpoint.quantized import compressed_tensors
+from l4convert.checkpoint.quantized import compressed_tensors, fbgemm, modelopt
 from l4convert.checkpoint.quantized.source import FLOAT_SCALES, Reader, ReadWeights, Source, checked
 from l4convert.checkpoint.text import quote
 
@@ -20,7 +20,10 @@ __all__ = ["METHODS", "ReadWeights", "Reader", "Source", "read_quantized"]
 EXPERTS = ".feed_forward.experts."
 # Value of ``quant_method`` -> what reads it.
 METHODS: Mapping[str, Reader] = {
-    "compressed-tensors": compressed_tensors.read,
+    compressed_tensors.NAME: compressed_tensors.read,
+    fbgemm.NAME: fbgemm.read,
+    modelopt.NAME: modelopt.read,
+    "modelopt_fp4": modelopt.read,  # as some revisions of NVIDIA's NVFP4 checkpoints say
 }
 
 
