@@ -21,11 +21,12 @@ def run_json(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -
     return content
 
 
+PLAIN = ("re:.*lm_head", "re:.*router", "re:vision_model.*", "re:multi_modal_projector.*")
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     # changes of the model, changes of the scheme, recipe, what the pass says of the experts
     "Scout W4A16": ({}, {}, "int4", "carried over"),
     "Maverick W4A16, kept": (dict(MAVERICK), {}, "keep", "carried over"),
-    "zero points": ({}, {"symmetric": False}, "none", "kept dequantized"),
+    "multimodal, zero points": ({"conditional": True}, {"symmetric": False}, "none", "kept dequantized"),
     "8 bits": ({}, {"num_bits": 8}, "keep", "kept dequantized"),
 }
 
@@ -42,7 +43,7 @@ def test_from_inspect_to_verify(
     """The reference has the weights that the library decompressed, and the artifact computes the same but for rounding:
     the limits are those of weights that nobody rounded."""
     source = write_random_checkpoint(tmp_path / "source", num_hidden_layers=2, num_local_experts=2, **model)
-    checkpoint = compress(source, tmp_path / "checkpoint", {**W4A16, **scheme}, ignore=("re:.*lm_head", "re:.*router"))
+    checkpoint = compress(source, tmp_path / "checkpoint", {**W4A16, **scheme}, ignore=PLAIN, shards=2)
 
     found = run_json(capsys, "inspect", checkpoint)
     assert found["quantization"].startswith("compressed-tensors: INT")
