@@ -18,11 +18,13 @@ class PassReport:
         name: The pass.
         fired: How many places it rewrote.
         skipped: (node or tensor, reason) for each place that looked like one but was left alone.
+        notes: (node or tensor, remark) for each place where a user should know how it was rewritten.
     """
 
     name: str
     fired: int
     skipped: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -31,10 +33,15 @@ class Outcome:
 
     fired: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
     def skip(self, where: str | None, reason: str) -> None:
         """Record one place that was left alone, and why."""
         self.skipped.append((where or "(unnamed)", reason))
+
+    def note(self, where: str, remark: str) -> None:
+        """Record what a user should know about one place."""
+        self.notes.append((where, remark))
 
 
 @dataclass(frozen=True)
@@ -55,4 +62,4 @@ class Pass:
 
     def __call__(self, model: ir.Model, recipe: Recipe) -> PassReport:
         outcome = self.run(model, recipe)
-        return PassReport(self.name, outcome.fired, tuple(outcome.skipped))
+        return PassReport(self.name, outcome.fired, tuple(outcome.skipped), tuple(outcome.notes))

@@ -19,9 +19,10 @@ from l4convert.graph_passes.editing import Weight, add_initializer, clean_up, fl
 from l4convert.plugins.moe import definition as moe
 from l4convert.plugins.moe.definition import MoESpec
 from l4convert.quantization.activations import round_per_token
+from l4convert.quantization.carry_over import stored_kinds, stored_scheme, take_over
 from l4convert.quantization.fp8 import quantize_fp8
 from l4convert.quantization.int4 import quantize_int4
-from l4convert.quantization.recipe import Recipe, Scheme
+from l4convert.quantization.recipe import STORED, Recipe, Scheme
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
@@ -62,6 +63,7 @@ class _Quantizer:
         self.schemes: dict[ir.Value, Scheme] = {}
         self.rounded: dict[ir.Value, ir.Value] = {}
         self.seen: set[str] = set()
+        self.noted: set[str] = set()
 
     def visit(self, node: ir.Node, index: int) -> None:
         weight = float_weight(node.inputs[index])
@@ -69,6 +71,9 @@ class _Quantizer:
             return
         self.seen.add(weight.name)
         scheme = self.recipe.scheme_for(weight.name)
+        if weight.name not in self.noted and (remark := carry_over_remark(weight, scheme)) is not None:
+            self.noted.add(weight.name)
+            self.outcome.note(weight.name, remark)
         if scheme.kind == "none":
             self.outcome.skip(weight.name, "the recipe keeps it")
             return
@@ -125,20 +130,41 @@ def dequantize(b: Builder, graph: ir.Graph, weight: Weight, scheme: Scheme) -> i
     """
     name, (*lead, depth, width) = weight.name, weight.tensor.dims
     axis = len(lead)
-    k_last = transposed(weight.tensor)
+    values, scales = quantized(transposed(weight.tensor), scheme)
     if scheme.kind == "int4":
-        block_size = scheme.block_size_for(depth)
-        values, scales = quantize_int4(k_last, block_size, scheme.scale)
-        attributes = {"axis": axis, "block_size": block_size}
+        attributes = {"axis": axis, "block_size": scheme.block_size_for(depth)}
         scales = transposed(scales)
+    elif not lead:
+        attributes, scales = {"axis": 1}, Reshaped(scales, [width])
     else:
-        values, scales = quantize_fp8(k_last)
-        if not lead:
-            attributes, scales = {"axis": 1}, Reshaped(scales, [width])
-        else:
-            attributes, scales = {"axis": axis, "block_size": depth}, transposed(scales)
+        attributes, scales = {"axis": axis, "block_size": depth}, transposed(scales)
     values.name = scales.name = None
     scales = cast(scales, weight.dtype)
     stored = add_initializer(graph, f"{name}_{scheme.kind}", transposed(values))
     scale = add_initializer(graph, f"{name}_scale", scales)
     return b.op("DequantizeLinear", stored, scale, name="dequantized", **attributes)
+
+
+def quantized(k_last: LazyTensor, scheme: Scheme) -> tuple[LazyTensor, LazyTensor]:
+    """Values and scales of a weight [..,N,K] under a scheme; a resolved one takes those of the checkpoint."""
+    found = take_over(k_last, scheme) if scheme.scale == STORED else None
+    if found is not None:
+        return found
+    if scheme.kind == "fp8":
+        return quantize_fp8(k_last)
+    rule = "lse" if scheme.scale == STORED else scheme.scale
+    return quantize_int4(k_last, scheme.block_size_for(k_last.dims[-1]), rule)
+
+
+def carry_over_remark(weight: Weight, scheme: Scheme) -> str | None:
+    """What became of a weight that the checkpoint stores quantized; None: it does not."""
+    kinds = stored_kinds(weight.tensor)
+    if not kinds:
+        return None
+    if scheme.kind == "none":
+        return f"stored as {kinds}, kept dequantized"
+    if scheme.scale == STORED and take_over(transposed(weight.tensor), scheme) is not None:
+        return f"carried over: the checkpoint's own codes and scales ({kinds})"
+    kept = stored_scheme(Scheme("keep"), transposed(weight.tensor), weight.name)
+    hint = "; --recipe keep would carry its codes over" if kept is not None else ""
+    return f"stored as {kinds}, rounded a second time, to {scheme.kind}{hint}"

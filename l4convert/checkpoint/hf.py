@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from l4convert.checkpoint.base import Checkpoint
 from l4convert.checkpoint.fields import Fields
-from l4convert.checkpoint.hf_config import read_config
+from l4convert.checkpoint.hf_config import MAX_CONFIG_BYTES, read_config, read_quantization
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import (
     Layout,
     Shape,
@@ -17,11 +18,15 @@ from l4convert.checkpoint.names import (
     is_buffer,
     is_vision,
 )
-from l4convert.checkpoint.safetensors_file import DTYPES, SAFETENSORS_NAMES, Stored, open_safetensors
+from l4convert.checkpoint.quantized import Source, read_quantized
+from l4convert.checkpoint.remote import is_file, names_in
+from l4convert.checkpoint.safetensors_file import DTYPES, MAX_TENSORS, SAFETENSORS_NAMES, Stored, open_safetensors
+from l4convert.checkpoint.templates import check_sidecar
 from l4convert.checkpoint.text import and_more, parse_object, quote, read_bytes, require_file, show
 from l4convert.errors import InputError
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  # where ModelOpt says how it quantized
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
@@ -51,6 +56,7 @@ def open_hf(path: Path) -> Checkpoint:
         InputError: Anything is missing, unexpected, of another shape or dtype, or not what it says it is.
     """
     require_file(path / CONFIG, DOWNLOAD_HINT)
+    _require_inside(path, path / CONFIG)
     config = read_config(path / CONFIG)
     index = path / INDEX
     weight_map = _read_index(index) if index.exists() or index.is_symlink() else None
@@ -62,19 +68,38 @@ def open_hf(path: Path) -> Checkpoint:
     layout = find_layout(stored)
     experts = find_experts(stored)
     expected = expected_tensors(config, experts)
-    tensors = _text_tensors(stored, layout, config.tie_word_embeddings)
-    _check_names(listing, stored, tensors, expected, layout)
-    for name, shape in expected.items():
-        _check_tensor(tensors[name], shape)
+    plain = _text_tensors(stored, layout, config.tie_word_embeddings)
+    made, quantization = _read_quantized(path, plain, expected, layout)
+    _check_names(listing, stored, plain, made, expected, layout)
+    for name, tensor in plain.items():
+        _check_tensor(tensor, expected[name])
+    tensors: dict[str, LazyTensor] = {**plain, **made}
     return Checkpoint(
         path=path,
         format="hf",
         config=config,
         tensors={name: tensors[name] for name in expected},
         experts=experts,
-        sidecars=_sidecars(path),
-        files=(path / CONFIG, *([index] if weight_map is not None else []), *shards),
+        sidecars=sidecars(path),
+        files=(path / CONFIG, *(file for file in (path / MODELOPT, index) if file.exists()), *shards),
+        quantization=quantization,
     )
+
+
+def _read_quantized(
+    path: Path, stored: dict[str, Stored], expected: Mapping[str, Shape], layout: Layout
+) -> tuple[Mapping[str, LazyTensor], str | None]:
+    """The weights that are stored quantized, and how, in words; what they are made of is taken out of ``stored``."""
+    config, method = read_quantization(path / CONFIG), None
+    if config is not None:
+        method = config.get("quant_method", None)
+    elif (path / MODELOPT).exists():
+        file = show(path / MODELOPT)
+        config, method = Fields(parse_object(read_bytes(path / MODELOPT, MAX_CONFIG_BYTES), file), file), "modelopt"
+    if config is None:
+        return {}, None
+    read = read_quantized(method, Source(config, stored, expected, layout))
+    return read.tensors, read.words
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -91,21 +116,23 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _is_plain(name: str) -> bool:
     """A file name that cannot point out of its folder on any system."""
-    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:") and len(name) <= 255
+    return (
+        name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:") and len(name.encode()) <= 255
+    )
 
 
 def _shards(path: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
     """The weight files; each is there."""
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
-        absent = [name for name in names if not (path / name).is_file()]
+        absent = [name for name in names if not is_file(path / name)]
         if absent:
             more = and_more(len(absent) - 1)
             raise InputError(f"{show(path / absent[0])}: listed in {INDEX} but absent{more}", DOWNLOAD_HINT)
         return [path / name for name in names]
-    if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
+    if is_file(path / SINGLE) or (path / SINGLE).is_symlink():
         return [path / SINGLE]
-    found = sorted(path.glob("*.safetensors"))
+    found = names_in(path, ".safetensors")
     if not found:
         raise InputError(f"{show(path)}: no {SINGLE}, no {INDEX}", "only safetensors weights can be read")
     if len(found) > 1:
@@ -120,6 +147,8 @@ def _read_shards(shards: Iterable[Path]) -> dict[str, Stored]:
             if name in stored:
                 raise InputError(f"{show(shard)}: tensor '{show(name)}' is also in {show(stored[name].file.name)}")
             stored[name] = tensor
+        if len(stored) > MAX_TENSORS:
+            raise InputError(f"{show(shard)}: more than {MAX_TENSORS:,} tensors with those of the files before it")
     return stored
 
 
@@ -151,10 +180,11 @@ def _check_names(
     listing: Path,
     stored: Mapping[str, Stored],
     tensors: Mapping[str, Stored],
+    made: Collection[str],
     expected: Mapping[str, Shape],
     layout: Layout,
 ) -> None:
-    missing = [name for name in expected if name not in tensors]
+    missing = [name for name in expected if name not in tensors and name not in made]
     if missing:
         what = f"tensor '{layout.stored(missing[0])}' is missing{and_more(len(missing) - 1)}"
         raise InputError(f"{show(listing)}: {what}", _missing_hint(missing, stored))
@@ -168,7 +198,7 @@ def _missing_hint(missing: list[str], stored: Mapping[str, Stored]) -> str:
     if missing == ["lm_head.weight"]:
         return "if the output layer shares the embeddings, config.json must say tie_word_embeddings: true"
     if any(name.endswith(("_scale", "_scale_inv", "weight_packed", "qweight")) for name in stored):
-        return "this looks like a quantized checkpoint; convert the BF16 original"
+        return "this looks like a quantized checkpoint, but config.json has no quantization_config that says how"
     return DOWNLOAD_HINT + "; if it is whole, config.json is another model's"
 
 
@@ -178,17 +208,32 @@ def _check_tensor(tensor: Stored, shape: Shape) -> None:
         raise InputError(f"{where} has shape {list(tensor.dims)}, config.json makes it {list(shape)}")
     if tensor.dtype not in {DTYPES[name] for name in WEIGHT_DTYPES}:
         found = SAFETENSORS_NAMES[tensor.dtype]
-        hint = "quantized checkpoints are not supported yet; convert the BF16 original"
+        hint = "weights stored quantized need a quantization_config in config.json that says how"
         raise InputError(f"{where} is {found}, expected one of {', '.join(WEIGHT_DTYPES)}", hint)
 
 
-def _sidecars(path: Path) -> tuple[Path, ...]:
-    """The files that go into the artifact as they are; a link may not bring in a file from elsewhere."""
-    present = [path / name for name in SIDECARS if (path / name).is_file()]
+def sidecars(path: Path, names: Iterable[str] = SIDECARS) -> tuple[Path, ...]:
+    """The files that go into the artifact as they are, checked.
+
+    Args:
+        path: The checkpoint's folder.
+        names: Those that are looked for.
+
+    Raises:
+        InputError: A link would bring in a file from elsewhere, or one is not what it should be.
+    """
+    present = [path / name for name in names if (path / name).exists() or (path / name).is_symlink()]
+    for file in present:
+        _require_inside(path, file)
+        if file.name != CONFIG:
+            check_sidecar(file)
+    return tuple(present)
+
+
+def _require_inside(path: Path, file: Path) -> None:
+    """Refuse a link to a file that is not of the checkpoint."""
     folder = path.resolve()
     # A Hugging Face cache keeps snapshots/<revision>/<name> as links into blobs/.
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    for file in present:
-        if not any(file.resolve().is_relative_to(place) for place in (folder, blobs)):
-            raise InputError(f"{show(file)}: a link to a file outside the checkpoint", "put a copy of the file there")
-    return tuple(present)
+    if not any(file.resolve().is_relative_to(place) for place in (folder, blobs)):
+        raise InputError(f"{show(file)}: a link to a file outside the checkpoint", "put a copy of the file there")

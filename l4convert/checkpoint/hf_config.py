@@ -22,6 +22,8 @@ MAX_TOKEN_ID = (1 << 31) - 1  # transformers and tokenizers hold ids in 32 bits
 
 ARCHITECTURES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 TEXT, CONDITIONAL = "llama4_text", "llama4"
+# compression_config: as early versions of compressed-tensors wrote it.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 CHUNKED, FULL = "chunked_attention", "full_attention"
 
 
@@ -33,12 +35,23 @@ def read_config(path: Path) -> DecoderConfig:
     """
     file = show(path)
     top = Fields(parse_object(read_bytes(path, MAX_CONFIG_BYTES), file), file)
-    text = _text_part(top)
-    for part in {id(part): part for part in (top, text)}.values():
-        for key in ("quantization_config", "compression_config"):
-            if part.has(key):
-                part.fail(key, "is set: quantized checkpoints are not supported yet", "convert the BF16 original")
-    return _decoder(text)
+    return _decoder(_text_part(top))
+
+
+def read_quantization(path: Path) -> Fields | None:
+    """What a config.json says about how weights are quantized; None where it says nothing.
+
+    Raises:
+        InputError: It says it twice, or the file is unusable.
+    """
+    file = show(path)
+    top = Fields(parse_object(read_bytes(path, MAX_CONFIG_BYTES), file), file)
+    parts = [top, *([text] if (text := top.object("text_config")) is not None else [])]
+    found = [(part, key) for part in parts for key in QUANTIZATION_KEYS if part.has(key)]
+    if len(found) > 1:
+        part, key = found[1]
+        part.fail(key, f"is set, and so is {found[0][0].prefix}{found[0][1]}: one of them is enough")
+    return found[0][0].object(found[0][1]) if found else None
 
 
 def _text_part(top: Fields) -> Fields:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.nibbles import transpose_packed
+
 # How much of a tensor is computed at a time when it is written: large enough for good I/O, small enough that a handful
 # of float32 temporaries of a tile stay far below any memory limit.
 TILE_ELEMENTS = 1 << 22
@@ -255,6 +257,11 @@ class Transposed(Derived):
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         return self.parts[0].tile(batch, cols, rows).T
 
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        if rows.start % 2 or cols.stop % 2:  # its source has no whole bytes there
+            return super().packed(batch, rows, cols)
+        return transpose_packed(self.parts[0].packed(batch, cols, rows))[: rows.stop - rows.start]
+
 
 def transposed(part: LazyTensor) -> LazyTensor:
     """``part`` with its last two axes swapped; swapping twice gives the original back."""
@@ -270,6 +277,9 @@ class Reshaped(Derived):
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         return self.parts[0].tile(batch, rows, cols)
 
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self.parts[0].packed(batch, rows, cols)
+
 
 class Stacked(Derived):
     """Equal matrices stacked on a new first axis (experts of one layer)."""
@@ -280,6 +290,9 @@ class Stacked(Derived):
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         return self.parts[batch].tile(0, rows, cols)
+
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self.parts[batch].packed(0, rows, cols)
 
 
 class Member(Derived):
@@ -319,6 +332,35 @@ class SideBySide(Derived):
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
 
 
+class OnTop(Derived):
+    """Matrices of equal width, one above the other: joined along the last but one axis."""
+
+    def __init__(self, parts: Sequence[LazyTensor]) -> None:
+        first = parts[0]
+        height = sum(part.dims[-2] for part in parts)
+        super().__init__(parts, first.dtype, [*first.dims[:-2], height, first.dims[-1]])
+
+    @property
+    def by_columns(self) -> bool:
+        return self.parts[0].by_columns
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self._take(rows, lambda part, some: part.tile(batch, some, cols))
+
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self._take(rows, lambda part, some: part.packed(batch, some, cols))
+
+    def _take(self, rows: slice, rows_of_part: Callable[[LazyTensor, slice], np.ndarray]) -> np.ndarray:
+        pieces, begin = [], 0
+        for part in self.parts:
+            height = part.matrix[1]
+            start, stop = max(rows.start - begin, 0), min(rows.stop - begin, height)
+            if start < stop:
+                pieces.append(rows_of_part(part, slice(start, stop)))
+            begin += height
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
 class InterleavedHalves(Derived):
     """Rows of the two halves taken in turn: [g0, g1, u0, u1] becomes [g0, u0, g1, u1] (ONNX Runtime's SwiGLU)."""
 
@@ -354,9 +396,20 @@ class Mapped(Derived):
         return self._function(self.parts[0].tile(batch, rows, cols))
 
 
+class Cast(Derived):
+    """The same numbers in another element type, rounded to nearest even."""
+
+    def __init__(self, part: LazyTensor, dtype: ir.DataType) -> None:
+        super().__init__([part], dtype, part.dims, part.matrix)
+
+    @property
+    def by_columns(self) -> bool:
+        return self.parts[0].by_columns
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        return self.parts[0].tile(batch, rows, cols).astype(self.dtype.numpy())
+
+
 def cast(part: LazyTensor, dtype: ir.DataType) -> LazyTensor:
     """``part`` in another element type (round to nearest even); ``part`` itself where nothing changes."""
-    if part.dtype == dtype:
-        return part
-    target = dtype.numpy()
-    return Mapped(part, lambda tile: tile.astype(target), dtype)
+    return part if part.dtype == dtype else Cast(part, dtype)

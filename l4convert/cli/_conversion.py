@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from l4convert.cli._complete import recipe_names, target_names
+from l4convert.cli._complete import folders, recipe_names, target_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,7 +17,8 @@ Recipes:
   int4          weights of attention, MLP and experts in 4 bits, one scale a block
   fp8           the same weights in E4M3, activations quantized per token at run time
   fp8-experts   only the routed experts in E4M3
-  none          weights as the checkpoint has them
+  keep          what the checkpoint stores in INT4 or FP8 with the same codes, the rest unquantized
+  none          no quantization: what the checkpoint stores quantized is dequantized exactly
   FILE.toml     your own: a scheme for each name pattern, the first match wins
 
 \b
@@ -33,6 +35,12 @@ Types of keys and values (their scales are found on a text: `convert --calibrati
 """
 
 
+def adapter_option(text: str) -> Callable[[F], F]:
+    """The option ``--adapter``, as ``adapters``."""
+    return click.option("--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
+                        shell_complete=folders, help=text)  # fmt: skip
+
+
 def conversion_options(function: F) -> F:
     """Decorator: target, recipe, block size, form and type of the cache, compute type, sharing."""
     options = [
@@ -41,7 +49,8 @@ def conversion_options(function: F) -> F:
         click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE", shell_complete=recipe_names,
                      help="How to quantize; see below."),
         click.option("--block-size", type=click.Choice([32, 64, 128]),
-                     help="Weights that share an INT4 scale.  [default: 128 for TensorRT, else the recipe's]"),
+                     help="Weights that share an INT4 scale."
+                          "  [default: the checkpoint's groups, else 128 for TensorRT, else the recipe's]"),
         click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]),
                      help="Form of the key/value cache; see below.  [default: the target's first]"),
         click.option("--kv-dtype", type=click.Choice(["fp8", "int8", "int4", "none"]),
@@ -52,6 +61,7 @@ def conversion_options(function: F) -> F:
                      help="Layers in which they are: all, or those that see the whole context.  [default: all]"),
         click.option("--compute", type=click.Choice(["float32", "bfloat16", "float16"]),
                      help="Type of activations and caches.  [default: the target's first]"),
+        adapter_option("Merge the LoRA adapter in DIR (as PEFT saves it); may be repeated: merged in order."),
         click.option("--share-weights", is_flag=True,
                      help="Leave weights that need no change in the checkpoint's own files; OUT gets links to them."),
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from l4convert.cli._adapters import manifest_rows
 from l4convert.cli._inspect_checkpoint import layer_rows
 from l4convert.cli._render import count, fields, size, table
 from l4convert.emit import read_manifest
@@ -38,6 +39,7 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "path": str(path),
         **_kind(manifest, info),
         "calibration": manifest.get("calibration"),
+        "adapters": manifest.get("adapters", []),
         "tool": manifest.get("tool"),
         "libraries": manifest.get("libraries"),
         "passes": manifest.get("passes"),
@@ -50,7 +52,7 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "bytes_by_dtype": _by_dtype(weights),
         "quantized_share": quantized_share(model),
     }
-    rows = [] if info is None else [*_kv_rows(info, manifest), *layer_rows(info.config)]
+    rows = [] if info is None else [*manifest_rows(manifest), *_kv_rows(info, manifest), *layer_rows(info.config)]
     text = [
         _summary(payload, rows),
         _files(payload),

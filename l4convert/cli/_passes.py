@@ -19,13 +19,14 @@ def passes_payload(passes: Sequence[PassReport]) -> list[dict[str, Any]]:
             "name": report.name,
             "fired": report.fired,
             "skipped": [{"node": node, "reason": reason} for node, reason in report.skipped],
+            "notes": [{"node": node, "remark": remark} for node, remark in report.notes],
         }
         for report in passes
     ]
 
 
 def passes_text(passes: Sequence[PassReport], verbose: bool) -> str:
-    """How often each pass fired; with ``verbose``, why it did not elsewhere, by reason."""
+    """How often each pass fired, and remarks; with ``verbose``, why it did not fire elsewhere, by reason."""
     rows = [(report.name, report.fired, len(report.skipped)) for report in passes]
     text = table(["pass", "fired", "skipped"], rows, right=[1, 2])
     reasons = [
@@ -33,4 +34,13 @@ def passes_text(passes: Sequence[PassReport], verbose: bool) -> str:
         for report in passes
         for reason, number in Counter(reason for _, reason in report.skipped).items()
     ]
-    return "\n".join([text, *reasons]) if verbose and reasons else text
+    return "\n".join([text, *notes_lines(passes), *(reasons if verbose else [])])
+
+
+def notes_lines(passes: Sequence[PassReport]) -> list[str]:
+    """What users should know about how places were rewritten: a line a remark, with how many places it is about."""
+    return [
+        f"{report.name}: {number:,} weights {remark}"
+        for report in passes
+        for remark, number in Counter(remark for _, remark in report.notes).items()
+    ]

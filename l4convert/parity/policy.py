@@ -15,6 +15,7 @@ from typing import Any
 from l4convert.errors import InputError
 from l4convert.parity.metrics import Metrics
 from l4convert.quantization.kv import KvScheme
+from l4convert.quantization.recipe import STORED
 
 SCHEMA = "l4convert.policy/1"
 
@@ -108,7 +109,8 @@ def default_policy(
     """
     folder = resources.files("l4convert.parity").joinpath("policies")
     known = {entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")}
-    name = recipe if recipe in known else next((s for s in _COARSEST_FIRST if s in schemes), "none")
+    named = recipe in known and STORED not in schemes  # what was carried over is no coarser than the reference
+    name = recipe if named else next((s for s in _COARSEST_FIRST if s in schemes), "none")
     text = folder.joinpath(f"{name}.toml").read_text(encoding="utf-8")
     return parse_policy(text, target, compute, kv, name=f"default for {name}", where=f"{name}.toml")
 

@@ -6,7 +6,7 @@ steps, with the cache that transformers itself would choose.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from l4convert.checkpoint import Checkpoint, open_checkpoint
-from l4convert.errors import InputError, backend_missing
+from l4convert.checkpoint.hf_config import QUANTIZATION_KEYS
+from l4convert.errors import InputError, L4Error, backend_missing
+from l4convert.parity.reference_adapters import merge_with_peft
+from l4convert.parity.reference_weights import state_dict
 from l4convert.runtime.runner import FloatArray, IntArray, Runner, check_step
 
 _SUMMARY_CHARS = 240
@@ -45,7 +48,7 @@ class TransformersReference:
     """``Llama4ForCausalLM`` on a checkpoint (the text part of a multimodal one).
 
     Args:
-        path: The checkpoint's folder, in Hugging Face format.
+        source: The checkpoint, or its folder, in Hugging Face format.
         exact_angles: Multiply position and frequency in float64. transformers does so in float32, which at position p
             rounds the angle by up to p * 2**-24 radians; nothing else of it is changed.
 
@@ -54,9 +57,9 @@ class TransformersReference:
         InputError: The checkpoint is not whole, or not one that transformers reads.
     """
 
-    def __init__(self, path: Path, *, exact_angles: bool = False) -> None:
+    def __init__(self, source: Path | Checkpoint, *, exact_angles: bool = False) -> None:
         self._torch = _require_backend()
-        self.checkpoint = open_checkpoint(path)
+        self.checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
         self.exact_angles = exact_angles
         self._attention = "eager"
         self._model: Any = load_transformers(self.checkpoint)
@@ -69,7 +72,8 @@ class TransformersReference:
         import transformers
 
         angles = ", angles in float64" if self.exact_angles else ""
-        return f"transformers {transformers.__version__} eager float32{angles}, {self.checkpoint.path.name}"
+        merged = "".join(f", adapter {adapter.path.name} merged by peft" for adapter in self.checkpoint.adapters)
+        return f"transformers {transformers.__version__} eager float32{angles}, {self.checkpoint.name}{merged}"
 
     def logits(self, ids: IntArray) -> FloatArray:
         """Logits [tokens, vocabulary] of one text [tokens]: one forward pass, no cache, no padding."""
@@ -200,17 +204,20 @@ def _load(checkpoint: Checkpoint, dtype: str, attention: str | None) -> Any:
         options["attn_implementation"] = attention
     try:
         config = _text_config(checkpoint.path)
-        if checkpoint.experts == "stacked":
+        state = state_dict(checkpoint)
+        if state is None:
             model, loading = load(str(checkpoint.path), config=config, local_files_only=True, **options)
         else:
-            model, loading = load(None, config=config, state_dict=_stacked(checkpoint), **options)
+            model, loading = load(None, config=config, state_dict=state, **options)
+    except L4Error:
+        raise
     except Exception as error:  # whatever transformers raises on a config or a file that it does not take
         summary = " ".join(str(error).split())[:_SUMMARY_CHARS] or type(error).__name__
         raise InputError(f"{checkpoint.path}: transformers cannot load it: {summary}") from error
     missing = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
     if missing:
         raise InputError(f"{checkpoint.path}: transformers finds no weight for {min(missing)}")
-    return model.eval()
+    return merge_with_peft(model.eval(), checkpoint)
 
 
 def _use_exact_angles(rotary: Any) -> None:
@@ -234,38 +241,11 @@ def _text_config(path: Path) -> Any:
 
     values, _ = Llama4TextConfig.get_config_dict(str(path), local_files_only=True)
     text = dict(values.get("text_config") or values)
+    for key in QUANTIZATION_KEYS:  # the state dict has the weights dequantized
+        text.pop(key, None)
     if type(text.get("attn_temperature_tuning")) is int:
         text["attn_temperature_tuning"] = bool(text["attn_temperature_tuning"])
     return Llama4TextConfig.from_dict(text)
-
-
-def _stacked(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The state dict of an unfused checkpoint with its experts joined as ``Llama4TextExperts`` has them.
-
-    Read with the safetensors library, not with our reader: an error there must not be in the reference as well.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    state: dict[str, Any] = {}
-    for file in checkpoint.files:
-        if file.suffix == ".safetensors":
-            state |= {key.removeprefix("language_model."): value for key, value in load_file(file).items()}
-    for prefix in [
-        key.removesuffix(".0.gate_proj.weight") for key in state if key.endswith(".experts.0.gate_proj.weight")
-    ]:
-        gate, up, down = (torch.stack([w.T for w in _experts(state, prefix, name)]) for name in ("gate", "up", "down"))
-        state[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=-1)  # [E, H, 2I]
-        state[f"{prefix}.down_proj"] = down  # [E, I, H]
-    return state
-
-
-def _experts(state: dict[str, Any], prefix: str, projection: str) -> Iterable[Any]:
-    """Take the weights [out, in] of one projection out of a state dict, in the order of the experts."""
-    expert = 0
-    while (name := f"{prefix}.{expert}.{projection}_proj.weight") in state:
-        yield state.pop(name)
-        expert += 1
 
 
 @contextmanager

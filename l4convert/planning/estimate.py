@@ -6,8 +6,10 @@ content, so it goes through the same code as the conversion. Reading the checkpo
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import TILE_ELEMENTS, LazyTensor
+from l4convert.checkpoint.adapters import Merged, is_merged
+from l4convert.checkpoint.lazy import TILE_ELEMENTS, Constant, Derived, LazyTensor
+from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.emit.jobs import group_jobs
 from l4convert.emit.plan import PlannedTensor, WeightsPlan
 from l4convert.planning.tensors import SCALES, classify, group_elements
@@ -29,6 +33,7 @@ SECONDS = 2.0
 _SCRATCH_BYTES = 128 << 20
 _DIGEST_BYTES = 16 << 20
 _SIGMA = 0.02  # of weights, as Llama's are
+_LAYER = re.compile(r"^(model\.layers\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,38 @@ def noise_tensors(shapes: Mapping[str, Sequence[int]], dtype: ir.DataType) -> di
     return {name: Noise(name, shape, pool) for name, shape in shapes.items()}
 
 
+def noise_like(tensor: LazyTensor, plain: LazyTensor) -> LazyTensor:
+    """Random content for a weight, stored as ``tensor`` is: quantized with the same kind of codes and scales, or not,
+    and with as much to merge.
+
+    Args:
+        tensor: Of a checkpoint.
+        plain: Random content that is not quantized, for where ``tensor`` is not.
+    """
+    if isinstance(tensor, Merged):
+        return tensor.alike(noise_like(tensor.base, plain), lambda part: noise_tensors({"": part.dims}, part.dtype)[""])
+    if next(quantized_parts(tensor), None) is None:
+        return plain
+    return _with_noise(tensor, np.random.default_rng(0).bytes(TILE_ELEMENTS))
+
+
+def _with_noise(tensor: LazyTensor, content: bytes) -> LazyTensor:
+    """The same combination of random leaves: bits of codes at random, scales alike, and every group in its place."""
+    if isinstance(tensor, Derived):
+        result = copy.copy(tensor)
+        result.parts = tuple(_with_noise(part, content) for part in tensor.parts)
+        return result
+    dtype = tensor.dtype.numpy()
+    if len(tensor.dims) < 2:
+        return Constant(np.zeros(tensor.dims, dtype))
+    if tensor.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT):
+        pool = np.full(TILE_ELEMENTS, _SIGMA, dtype)
+    else:
+        pool = np.frombuffer(content, np.uint8)
+        pool = (pool & 0x77 if tensor.dtype == ir.DataType.FLOAT8E4M3FN else pool).view(dtype)  # no NaN
+    return Noise(tensor.name or "", tensor.dims, pool)
+
+
 def estimate_time(plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, jobs: int, folder: Path | None) -> TimePlan:
     """Measure the schemes of ``plan`` on tensors of ``sample``.
 
@@ -98,9 +135,10 @@ def estimate_time(plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, jobs: 
     """
     elements = _by_work(plan, recipe)
     largest = {_work(group, recipe): group for group in sorted(sample.groups, key=group_elements)}
+    anything = max(sample.groups, key=group_elements)  # where the sample's layers have other schemes
     budget = SECONDS / (len(elements) + 0.2)
     with _scratch(folder) as descriptor:
-        rates = {work: _rate(largest[work], descriptor, budget) for work in elements}
+        rates = {work: _rate(largest.get(work, anything), descriptor, budget) for work in elements}
     weights = plan.written_bytes + sum(planned.nbytes for planned in plan.shared)
     return TimePlan(elements, rates, jobs, weights, _digest_rate(budget / 5))
 
@@ -117,7 +155,8 @@ def _by_work(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:
 def _work(group: Sequence[PlannedTensor], recipe: Recipe) -> str:
     """What is done to a group: its scheme, told apart where scales are computed without their values."""
     kind, scheme = classify(group[0], recipe)
-    return f"{scheme} scales" if kind == SCALES else scheme
+    merged = " of merged weights" if any(is_merged(planned.tensor) for planned in group) else ""
+    return (f"{scheme} scales" if kind == SCALES else scheme) + merged
 
 
 def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> float:
@@ -169,3 +208,8 @@ def sample_layers(kinds: Iterable[object]) -> list[int]:
     for index, kind in enumerate(kinds):
         first.setdefault(kind, index)
     return sorted(first.values())
+
+
+def original_name(name: str, layers: Sequence[int]) -> str:
+    """A name in a model of some layers, as it was in the model that has them all: the i-th is ``layers[i]`` there."""
+    return _LAYER.sub(lambda found: f"{found[1]}{layers[int(found[2])]}.", name)

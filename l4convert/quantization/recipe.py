@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -27,7 +27,11 @@ _OPTIONS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "none": {},
     "int4": {"block_size": BLOCK_SIZES, "scale": SCALE_RULES, "whole_blocks": (False, True)},
     "fp8": {"activations": ("dynamic", "none")},
+    "keep": {},
 }
+
+#: Value of ``Scheme.scale`` in a resolved recipe: codes and scales are the checkpoint's own.
+STORED: Literal["stored"] = "stored"
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,22 @@ class Scheme:
     """How a tensor is stored.
 
     Attributes:
-        kind: "none" as it is; "int4" 4-bit blocks; "fp8" E4M3 per output channel.
+        kind: "none" as it is; "int4" 4-bit blocks; "fp8" E4M3 per output channel; "keep" as the checkpoint has it,
+            which :func:`l4convert.quantization.carry_over.resolve` replaces by one of the others.
         block_size: int4: elements along K that share a scale.
-        scale: int4: how a scale is chosen, see ``int4.int4_blocks``.
+        scale: int4: how a scale is chosen, see ``int4.int4_blocks``. :data:`STORED`, in resolved recipes only: codes
+            and scales are the checkpoint's own.
         whole_blocks: int4: where ``block_size`` does not divide K, a smaller one that does takes its place.
         activations: fp8: the matmul's input is quantized too, with a scale for every token computed as it runs.
+        exact_block: int4: the user asked for this block size, so another one will not do.
     """
 
-    kind: Literal["none", "int4", "fp8"]
+    kind: Literal["none", "int4", "fp8", "keep"]
     block_size: int = 32
-    scale: Literal["absmax", "lse"] = "lse"
+    scale: Literal["absmax", "lse", "stored"] = "lse"
     whole_blocks: bool = False
     activations: bool = False
+    exact_block: bool = field(default=False, compare=False)
 
     def block_size_for(self, depth: int) -> int:
         """The block size of a weight of ``depth`` elements along K."""
@@ -58,10 +66,12 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         """The keys of a rule table, all options that do anything explicit."""
         whole = {"whole_blocks": True} if self.whole_blocks else {}
+        stored = {"scale": self.scale} if self.scale == STORED else {}
         options: dict[str, dict[str, Any]] = {
             "none": {},
             "int4": {"block_size": self.block_size, "scale": self.scale, **whole},
-            "fp8": {"activations": "dynamic" if self.activations else "none"},
+            "fp8": {"activations": "dynamic" if self.activations else "none", **stored},
+            "keep": {},
         }
         return {"scheme": self.kind, **options[self.kind]}
 
@@ -101,7 +111,7 @@ class Recipe:
         return rule.scheme if rule else Scheme("none")
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest; :func:`parse_recipe` reads it back."""
+        """For the manifest; :func:`parse_recipe` reads it back, unless it was resolved."""
         rules = [{"pattern": rule.pattern, **rule.scheme.to_dict()} for rule in self.rules]
         kv_cache = {} if self.kv_cache is None else {"kv_cache": self.kv_cache.to_dict()}
         return {"name": self.name, "description": self.description, "rule": rules, **kv_cache}
@@ -203,7 +213,9 @@ def _load_bundled(name: str) -> Recipe:
             f"there is no recipe {name!r}; there are {', '.join(names)}",
             "give one of them, or the path of a .toml file",
         )
-    return _parse_toml(_bundle().joinpath(f"{name}.toml").read_bytes(), f"recipe {name}")
+    recipe = _parse_toml(_bundle().joinpath(f"{name}.toml").read_bytes(), f"recipe {name}")
+    # Its block sizes are what is usual, and nobody asked for them.
+    return replace(recipe, rules=tuple(_with_scheme(rule, exact_block=False) for rule in recipe.rules))
 
 
 def _load_file(path: Path) -> Recipe:
@@ -235,7 +247,8 @@ def _parse_rule(rule: Mapping[str, Any], where: str) -> Rule:
     fields = {option: rule[option] for option in allowed if option in rule}
     if "activations" in fields:
         fields["activations"] = fields["activations"] == "dynamic"
-    return Rule(pattern, Scheme(cast("Literal['none', 'int4', 'fp8']", kind), **fields))
+    asked = "block_size" in fields
+    return Rule(pattern, Scheme(cast("Literal['none', 'int4', 'fp8', 'keep']", kind), **fields, exact_block=asked))
 
 
 def _parse_kv_cache(table: Any, where: str) -> KvScheme:
@@ -270,9 +283,11 @@ def _with_block_size(recipe: Recipe, block_size: int, whole_blocks: bool = False
         raise UsageError(f"block size {block_size} is not possible", f"one of {', '.join(map(str, BLOCK_SIZES))}")
     if not any(rule.scheme.kind == "int4" for rule in recipe.rules):
         raise UsageError(f"recipe {recipe.name} has no int4 rule, so it takes no block size", "leave --block-size out")
-    changes: dict[str, Any] = {"block_size": block_size} | ({"whole_blocks": True} if whole_blocks else {})
-    rules = (
-        replace(rule, scheme=replace(rule.scheme, **changes)) if rule.scheme.kind == "int4" else rule
-        for rule in recipe.rules
-    )
+    changes: dict[str, Any] = {"block_size": block_size}
+    changes |= {"whole_blocks": True} if whole_blocks else {"exact_block": True}
+    rules = (_with_scheme(rule, **changes) if rule.scheme.kind == "int4" else rule for rule in recipe.rules)
     return replace(recipe, rules=tuple(rules))
+
+
+def _with_scheme(rule: Rule, **changes: Any) -> Rule:
+    return replace(rule, scheme=replace(rule.scheme, **changes))

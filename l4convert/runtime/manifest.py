@@ -13,6 +13,7 @@ from l4convert.emit.manifest import read_manifest
 from l4convert.emit.staging import MANIFEST_FILE
 from l4convert.errors import InputError
 from l4convert.quantization.kv import KvScheme, kv_scheme
+from l4convert.quantization.recipe import STORED
 
 KvCache = Literal["growing", "static", "windowed"]
 
@@ -125,6 +126,12 @@ def _kv_scheme(recipe: Any) -> KvScheme | None:
 
 
 def _schemes(recipe: Any) -> frozenset[str]:
-    """The schemes of a recipe's rules; none where only its name is known."""
+    """The schemes of a recipe's rules, "stored" for codes that are the checkpoint's own; none where only its name is
+    known."""
     rules = recipe.get("rule", []) if isinstance(recipe, dict) else []
-    return frozenset(_name(rule["scheme"]) for rule in rules)
+    return frozenset(STORED if _is_exact(rule) else _name(rule["scheme"]) for rule in rules)
+
+
+def _is_exact(rule: Mapping[str, Any]) -> bool:
+    """Whether a rule rounds nothing: neither weights nor their inputs."""
+    return rule.get("scale") == STORED and rule.get("activations", "none") == "none"
