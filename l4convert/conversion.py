@@ -27,6 +27,7 @@ from l4convert.quantization.carry_over import resolve
 from l4convert.quantization.kv import KvScheme
 from l4convert.quantization.recipe import Recipe, load_recipe, unused_rules, with_kv_cache
 from l4convert.runtime.calibration_text import CalibrationText, read_calibration_text
+from l4convert.runtime.tokenizer import TextTokenizer
 from l4convert.targets import TARGETS, Target
 from l4convert.targets.hardware import Hardware, hardware_names, load_hardware
 
@@ -194,7 +195,7 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
     unused = unused_rules(recipe, expected_tensors(checkpoint.config, "stacked"))
     if recipe.rules and len(unused) == len(recipe.rules):
         raise InputError(
-            f"recipe {recipe.name}: no rule matches any tensor of {checkpoint.path}",
+            f"recipe {recipe.name}: no rule matches any tensor of {checkpoint.title}",
             "patterns are matched against the names of `l4convert inspect CKPT --tensors`, with experts stacked:"
             " ...experts.gate_up_proj and ...experts.down_proj",
         )
@@ -219,4 +220,8 @@ def _calibration_text(options: ConvertOptions | PlanOptions, checkpoint: Checkpo
     if not isinstance(options, ConvertOptions) or options.calibration is None:
         return None
     vocabulary = checkpoint.config.vocab_size
-    return read_calibration_text(options.calibration, checkpoint.path, options.calibration_tokens, vocabulary)
+    made = checkpoint.generated.get("tokenizer.json")
+    tokenizer = None if made is None else TextTokenizer.parse(made, f"{checkpoint.path}: tokenizer.json")
+    return read_calibration_text(
+        options.calibration, checkpoint.path, options.calibration_tokens, vocabulary, tokenizer
+    )

@@ -10,6 +10,7 @@ import numpy as np
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.emit import adapter_digests, read_manifest, source_digests
+from l4convert.emit.manifest import same_sources
 from l4convert.frontend.rope import inverse_frequencies
 from l4convert.parity.in_steps import InSteps
 from l4convert.parity.metrics import Comparison
@@ -22,7 +23,7 @@ from l4convert.runtime.engine_session import EngineSession
 from l4convert.runtime.runner import IntArray
 from l4convert.runtime.session import OrtSession
 
-_WEIGHTS = ".safetensors"
+_WEIGHTS = (".safetensors", ".pth", ".pt")
 _PROBE = 512  # tokens on which the reference is compared with itself
 
 
@@ -75,8 +76,9 @@ def position_notes(reference: CheckpointReference, ids: IntArray) -> Iterator[st
     comparison = Comparison()
     comparison.update(reference.logits(text), reference.shifted(text, last))
     found = comparison.result()
+    library = reference.name.partition(" ")[0]
     yield (
-        f"transformers multiplies RoPE's angles in float32, which is off by up to {_angle_error(config, last):.1e} "
+        f"{library} multiplies RoPE's angles in float32, which is off by up to {_angle_error(config, last):.1e} "
         f"radians at position {last}. Of {len(text)} tokens said to be there, its logits differ by "
         f"{found.max_rel_logit:.1e} (relative), KL {found.mean_kl:.1e}, from those of the same tokens at position 0, "
         "where nothing but rounding should. The artifact's angles have no such error; --exact-angles takes it out of "
@@ -110,7 +112,8 @@ def source_notes(artifact: Path, checkpoint: Checkpoint) -> Iterator[str]:
     recorded = (
         {name: entry for name, entry in files.items() if name.endswith(_WEIGHTS)} if isinstance(files, dict) else {}
     )
-    if recorded and recorded != source_digests([file for file in checkpoint.files if file.suffix == _WEIGHTS]):
+    found = source_digests([file for file in checkpoint.files if file.name.endswith(_WEIGHTS)])
+    if recorded and not same_sources(recorded, found):
         yield "The reference's weight files are not those that the artifact was made from: their digests differ."
     yield from _adapter_notes(artifact, checkpoint)
 

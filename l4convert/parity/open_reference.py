@@ -9,6 +9,7 @@ from typing import Protocol
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.checkpoint.adapters import merge_adapters
 from l4convert.errors import InputError
+from l4convert.parity.meta_reference import MetaReference
 from l4convert.parity.reference import Reference, TransformersReference
 from l4convert.runtime.runner import FloatArray, IntArray
 
@@ -32,6 +33,7 @@ class CheckpointReference(Reference, Protocol):
 # Format of a checkpoint -> what makes its reference; ``exact_angles`` as for TransformersReference.
 REFERENCES: Mapping[str, Callable[[Checkpoint, bool], CheckpointReference]] = {
     "hf": lambda checkpoint, exact_angles: TransformersReference(checkpoint, exact_angles=exact_angles),
+    "meta": lambda checkpoint, exact_angles: MetaReference(checkpoint, exact_angles=exact_angles),
 }
 
 

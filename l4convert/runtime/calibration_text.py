@@ -51,7 +51,9 @@ class CalibrationText:
         return {"file": self.name, "sha256": self.sha256, "tokens": len(self.ids)}
 
 
-def read_calibration_text(file: Path, checkpoint: Path, tokens: int, vocab_size: int) -> CalibrationText:
+def read_calibration_text(
+    file: Path, checkpoint: Path, tokens: int, vocab_size: int, tokenizer: TextTokenizer | None = None
+) -> CalibrationText:
     """Read the beginning of a file in bounded memory.
 
     Args:
@@ -59,6 +61,7 @@ def read_calibration_text(file: Path, checkpoint: Path, tokens: int, vocab_size:
         checkpoint: The folder with ``tokenizer.json``.
         tokens: The most to use.
         vocab_size: Of the model.
+        tokenizer: Where the folder has none of its own.
 
     Raises:
         UsageError: Fewer than ``MIN_TOKENS`` tokens are asked for.
@@ -66,7 +69,7 @@ def read_calibration_text(file: Path, checkpoint: Path, tokens: int, vocab_size:
     """
     if tokens < MIN_TOKENS:
         raise UsageError(f"{tokens} tokens are too few to calibrate on", f"at least {MIN_TOKENS}")
-    tokenizer = TextTokenizer.open(checkpoint)
+    tokenizer = tokenizer or TextTokenizer.open(checkpoint)
     text, digest = _beginning(file, tokens * _MOST_CHARACTERS)
     ids = np.array(tokenizer.encode(text, special=False)[:tokens], np.int64)
     if len(ids) < MIN_TOKENS:

@@ -24,6 +24,7 @@ def client_files(
     sidecars: Sequence[Path],
     target: str = "cpu",
     scheme: KvScheme | None = None,
+    generated: Mapping[str, bytes] | None = None,
 ) -> dict[str, str]:
     """File name to content of every file that is written rather than copied.
 
@@ -33,6 +34,7 @@ def client_files(
         sidecars: The checkpoint's own files, some of which are rewritten.
         target: What the graph was lowered to.
         scheme: How its caches are quantized.
+        generated: Name to content of files that are made because the checkpoint lacks them; they stand for its own.
 
     Raises:
         InputError: One of them is not a JSON object.
@@ -40,6 +42,8 @@ def client_files(
     given = {
         path.name: parse_object(read_bytes(path, MAX_BYTES), str(path)) for path in sidecars if path.name in REWRITES
     }
+    made = generated or {}
+    given |= {name: parse_object(made[name], name) for name in made if name in REWRITES}
     rewritten = {name: REWRITES[name](content) for name, content in given.items()}
     files = {name: content for name, content in rewritten.items() if content != given[name]}
     if kv_cache in GENAI_KV_CACHES:

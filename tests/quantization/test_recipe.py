@@ -143,7 +143,7 @@ def test_unused_rules(tmp_path: Path) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="no recipe 'int5'; there are fp8, fp8-experts, int4, none"):
+    with pytest.raises(UsageError, match="no recipe 'int5'; there are fp8, fp8-experts, int4, keep, none"):
         load_recipe("int5")
 
 

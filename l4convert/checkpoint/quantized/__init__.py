@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from l4convert.checkpoint.quantized import compressed_tensors
+from l4convert.checkpoint.quantized import compressed_tensors, fbgemm, modelopt
 from l4convert.checkpoint.quantized.source import Reader, ReadWeights, Source
 from l4convert.checkpoint.text import quote
 
@@ -16,7 +16,10 @@ __all__ = ["METHODS", "ReadWeights", "Reader", "Source", "read_quantized"]
 
 # Value of ``quant_method`` -> what reads it.
 METHODS: Mapping[str, Reader] = {
-    "compressed-tensors": compressed_tensors.read,
+    compressed_tensors.NAME: compressed_tensors.read,
+    fbgemm.NAME: fbgemm.read,
+    modelopt.NAME: modelopt.read,
+    "modelopt_fp4": modelopt.read,  # as some revisions of NVIDIA's NVFP4 checkpoints say
 }
 
 

@@ -22,7 +22,7 @@ MAX_EXPRESSIONS = 256
 # What a list may cost for all names that it is asked about, in nanoseconds or so: a few seconds. Nine thousand modules
 # (Maverick's experts) times five patterns of the usual kind cost a third of it.
 _BUDGET = 1_000_000_000
-_STEP_COST = 500  # of our own matcher
+_STEP_COST = 1000  # of our own matcher
 # With n repetitions, none inside another, Python takes at most (characters of the name)^n steps.
 _FEW = 2
 _PARSER: Any = import_module("re._parser")  # the standard library's own parser has no public name

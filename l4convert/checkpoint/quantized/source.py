@@ -94,6 +94,19 @@ def checked(tensor: Stored, dtypes: Collection[ir.DataType], shape: Shape) -> St
     return tensor
 
 
+def matrix(source: Source, weight: str) -> tuple[int, int]:
+    """Rows and columns of a weight, for methods that store matrices only.
+
+    Raises:
+        InputError: It has another number of axes.
+    """
+    shape = source.expected[weight]
+    if len(shape) != 2:
+        what = f"tensor '{show(source.layout.stored(weight))}' has {len(shape)} axes: only matrices are stored so"
+        raise InputError(f"{source.config.file}: {what}", "save the experts one by one")
+    return shape[0], shape[1]
+
+
 def where(tensor: Stored) -> str:
     """A stored tensor as messages name it."""
     return f"{show(tensor.file)}: tensor '{show(tensor.key)}'"

@@ -1,0 +1,40 @@
+"""The table of families, one file each; a row more is a family more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tests.hostile.case import Family
+from tests.hostile.families import (
+    configs,
+    indexes,
+    not_finite,
+    params,
+    paths,
+    pickles,
+    pth_storages,
+    safetensors_headers,
+    tampered,
+    templates,
+    tokenizers,
+    truncated_shards,
+    zip_bombs,
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "safetensors headers": safetensors_headers.FAMILY,
+    "truncated shards": truncated_shards.FAMILY,
+    "index and shards": indexes.FAMILY,
+    "paths and links": paths.FAMILY,
+    "config extremes": configs.FAMILY,
+    "templates": templates.FAMILY,
+    "tokenizers": tokenizers.FAMILY,
+    "weights that are not finite": not_finite.FAMILY,
+    "weights that are not finite, to INT4": not_finite.INT4,
+    "weights that are not finite, to FP8": not_finite.FP8,
+    "pickle gadgets": pickles.FAMILY,
+    "storages of .pth files": pth_storages.FAMILY,
+    "zip bombs": zip_bombs.FAMILY,
+    "params.json and Meta's files": params.FAMILY,
+    "tampered artifacts": tampered.FAMILY,
+}
