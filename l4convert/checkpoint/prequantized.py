@@ -107,7 +107,8 @@ class Prequantized(Derived):
         zero_points = self.zero_points
         if zero_points is not None:
             product -= zero_points.tile(batch, rows, blocks).astype(np.float32)[:, columns]
-        product *= self.scales.tile(batch, rows, blocks).astype(np.float32)[:, columns]
+        with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite; what comes of it is refused later
+            product *= self.scales.tile(batch, rows, blocks).astype(np.float32)[:, columns]
         return product
 
     def _columns(self, cols: slice) -> tuple[np.ndarray, slice]:

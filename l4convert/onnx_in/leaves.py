@@ -93,9 +93,7 @@ class Inline(Leaf):
 class External(Leaf):
     """A tensor in a file beside the model."""
 
-    def __init__(
-        self, name: str, state: FileState, dtype: ir.DataType, shape: tuple[int, ...], offset: int
-    ) -> None:
+    def __init__(self, name: str, state: FileState, dtype: ir.DataType, shape: tuple[int, ...], offset: int) -> None:
         super().__init__(name, state.path, dtype, shape, offset)
         self._state = state
 

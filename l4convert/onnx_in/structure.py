@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-
 import onnx
 
 from l4convert.checkpoint.text import quote, show
