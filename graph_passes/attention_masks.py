@@ -131,7 +131,7 @@ def _shape(value: ir.Value, batch: int, past: int, new: int) -> list[int]:
     if value.shape is None or rank not in (2, 3, 4):
         raise Mismatch(f"the shape of {named(value)} is looked at, and what it is in a call is not known")
     sizes = [batch, 0, past, 0] if rank == 4 else [batch, new, 0][:rank]
-    given = [size if size else extent for size, extent in zip(sizes, value.shape, strict=True)]
+    given = [size or extent for size, extent in zip(sizes, value.shape, strict=True)]
     if rank == 4:
         given[2] = past
     return [extent if isinstance(extent, int) else 1 for extent in given]

@@ -77,15 +77,16 @@ class Part:
 
     def divisors(self) -> list[ir.Value]:
         """The integer constants above 1 that something is divided by, each once."""
-        found = []
+        found: list[ir.Value] = []
         for node in self.nodes:
             if node.op_type not in ("Div", "Mod"):
                 continue
-            array = array_of(node.inputs[1])
+            divisor = node.inputs[1]
+            array = array_of(divisor)
             if array is None or array.size != 1 or array.dtype.kind not in "iu" or int(array.reshape(-1)[0]) < 2:
                 raise Mismatch(f"{named(self.value)} is divided by something other than a constant")
-            if node.inputs[1] not in found:
-                found.append(node.inputs[1])
+            if divisor is not None and divisor not in found:
+                found.append(divisor)
         return found
 
     def require_small_constants(self) -> None:
@@ -145,9 +146,7 @@ class Evaluator:
         result: np.ndarray = np.asarray(known[self._part.value])
         return result
 
-    def _run(
-        self, reference: Any, node: ir.Node, known: dict[ir.Value, Any], instead: Mapping[ir.Value, int]
-    ) -> None:
+    def _run(self, reference: Any, node: ir.Node, known: dict[ir.Value, Any], instead: Mapping[ir.Value, int]) -> None:
         inputs: dict[str, np.ndarray] = {}
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -201,5 +200,6 @@ def _sorted(nodes: list[ir.Node]) -> list[ir.Node]:
                 result.append(node)
                 continue
             stack.append((node, True))
-            stack += [(p, False) for x in node.inputs if x is not None and (p := x.producer()) in wanted and p is not None]
+            producers = (x.producer() for x in node.inputs if x is not None)
+            stack += [(producer, False) for producer in producers if producer is not None and producer in wanted]
     return result

@@ -1,9 +1,9 @@
 """Normalize experts: the routed experts as transformers computes them become the canonical form, which is then fused.
 
-transformers' ``Llama4TextMoe`` (modeling_llama4.py) repeats every token for every expert, multiplies it with the sigmoid
-of its logit, which is minus infinity where the expert was not chosen, and multiplies all of them with all experts. The
-canonical form (plugins/moe/definition.py) gives the same sums, and fuse_experts finds it: then only the experts that a
-token chose compute.
+transformers' ``Llama4TextMoe`` (modeling_llama4.py) repeats every token for every expert, multiplies it with the
+sigmoid of its logit, which is minus infinity where the expert was not chosen, and multiplies all of them with all
+experts. The canonical form (plugins/moe/definition.py) gives the same sums, and fuse_experts finds it: then only the
+experts that a token chose compute.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def _scores(top_k: ir.Node) -> ir.Value | None:
         if is_made_by(updates, "Sigmoid"):
             return None
         raise Mismatch("what is scattered is not the chosen logits")
-    if top_k.attributes.get_int("largest", 1) != 1 or scatter.attributes.get_string("reduction", "none") != "none":
+    if top_k.attributes.get_int("largest", 1) == 0 or scatter.attributes.get_string("reduction", "none") != "none":
         raise Mismatch("the smallest logits are chosen, or scores are added up")
-    if any(n.attributes.get_int("axis", default) not in (1, -1) for n, default in ((top_k, -1), (scatter, 0))):
+    if top_k.attributes.get_int("axis", -1) not in (1, -1) or scatter.attributes.get_int("axis", 0) not in (1, -1):
         raise Mismatch("experts are not on the last axis of the logits")
     filler = _filler(scatter.inputs[0])
     if filler is None or not filler <= _NOTHING:
@@ -130,7 +130,8 @@ def _sum_after(scores: ir.Value) -> ir.Value:
         value = node.outputs[0]
         if node.op_type == "ReduceSum":
             axes = ints_of(node.inputs[1]) if len(node.inputs) > 1 else None
-            if axes != [0] or node.attributes.get_int("keepdims", 1):
+            keeps = node.attributes.get_int("keepdims", 1)
+            if axes != [0] or keeps:
                 raise Mismatch("the sum is not over the experts")
             return value
     raise Mismatch(f"{named(scores)} does not lead to a sum over experts")

@@ -1,4 +1,4 @@
-"""Normalize linear layers: products with stored weights become ``MatMul`` with a matrix [K,N], however they were written.
+"""Normalize linear layers: products with stored weights become ``MatMul`` with a matrix [K,N], however written.
 
 ``Gemm`` with a transposed weight, ``Transpose`` and ``Identity`` of weights: the transposition becomes part of the
 tensor's recipe, so nothing is moved before the weight is written.

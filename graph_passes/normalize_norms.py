@@ -154,5 +154,3 @@ def _replace(graph: ir.Graph, root: ir.Node, norm: _Norm) -> None:
     assert after is not None  # a product or a Cast
     graph.insert_before(after, b.nodes)
     replace_outputs([norm.output], [result])
-
-

@@ -11,7 +11,6 @@ import dataclasses
 import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import LazyTensor, Reshaped, cast, transposed
-from l4convert.checkpoint.prequantized import carried
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import compute_type
 from l4convert.graph_passes import fuse_experts
@@ -20,7 +19,7 @@ from l4convert.graph_passes.editing import Weight, add_initializer, clean_up, fl
 from l4convert.plugins.moe import definition as moe
 from l4convert.plugins.moe.definition import MoESpec
 from l4convert.quantization.activations import round_per_token
-from l4convert.quantization.carry_over import stored_kinds, take_over
+from l4convert.quantization.carry_over import stored_kinds, stored_scheme, take_over
 from l4convert.quantization.fp8 import quantize_fp8
 from l4convert.quantization.int4 import quantize_int4
 from l4convert.quantization.recipe import STORED, Recipe, Scheme
@@ -166,5 +165,6 @@ def carry_over_remark(weight: Weight, scheme: Scheme) -> str | None:
         return f"stored as {kinds}, kept dequantized"
     if scheme.scale == STORED and take_over(transposed(weight.tensor), scheme) is not None:
         return f"carried over: the checkpoint's own codes and scales ({kinds})"
-    hint = "; --recipe keep would carry its codes over" if carried(transposed(weight.tensor)) is not None else ""
+    kept = stored_scheme(Scheme("keep"), transposed(weight.tensor), weight.name)
+    hint = "; --recipe keep would carry its codes over" if kept is not None else ""
     return f"stored as {kinds}, rounded a second time, to {scheme.kind}{hint}"

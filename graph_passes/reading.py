@@ -53,22 +53,24 @@ def only_user(value: ir.Value, *op_types: str) -> ir.Node:
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
     """The content of a small constant, whether a node, an attribute or a stored tensor has it; None for all else."""
-    node = value.producer() if value is not None else None
-    if node is not None:
-        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-            return None
-        for name, attribute in node.attributes.items():
-            if name == "value":
-                return attribute.as_tensor().numpy()
-            if name in ("value_int", "value_float", "value_ints", "value_floats"):
-                return np.asarray(attribute.value, np.int64 if "int" in name else np.float32)
+    if value is None or value.is_graph_input():  # a caller may give another value than the stored one
         return None
-    tensor = value.const_value if value is not None else None
+    node = value.producer()
+    if node is not None:
+        return _array_in(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+    tensor = value.const_value
     if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.size > _MOST_ELEMENTS:
         return None
-    if value is not None and value.is_graph_input():  # a caller may give another value
-        return None
     return tensor.numpy()
+
+
+def _array_in(constant: ir.Node) -> np.ndarray | None:
+    for name, attribute in constant.attributes.items():
+        if name == "value" and attribute.as_tensor().dtype != ir.DataType.STRING:
+            return attribute.as_tensor().numpy()
+        if name in ("value_int", "value_float", "value_ints", "value_floats"):
+            return np.asarray(attribute.value, np.int64 if "int" in name else np.float32)
+    return None
 
 
 def scalar_of(value: ir.Value | None) -> float | None:
@@ -95,7 +97,8 @@ def split_operands(node: ir.Node, *op_types: str) -> tuple[ir.Value, ir.Value]:
         Mismatch: Neither is.
     """
     first, second = node.inputs[0], node.inputs[1]
-    assert first is not None and second is not None  # binary operators have both
+    assert first is not None
+    assert second is not None  # binary operators have both
     for one, other in ((first, second), (second, first)):
         if any(is_made_by(one, op_type) for op_type in op_types):
             return one, other

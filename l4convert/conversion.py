@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from l4convert.calibrating import Calibration, calibration_of
 from l4convert.checkpoint import Checkpoint, open_checkpoint
-from l4convert.checkpoint.adapters import merge_adapters, merged_alike
+from l4convert.checkpoint.adapters import merge_adapters
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import expected_tensors
 from l4convert.checkpoint.presets import preset_checkpoint
@@ -135,7 +135,6 @@ class Conversion:
             name: noise_like(self.checkpoint.tensors[original_name(name, chosen)], noise)
             for name, noise in plain.items()
         }
-        tensors = merged_alike(tensors, self.checkpoint.tensors, noise_tensors)
         checkpoint = dataclasses.replace(self.checkpoint, config=config, tensors=tensors)
         model = self.build(checkpoint)
         for graph_pass in self.passes:
@@ -196,7 +195,7 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
     unused = unused_rules(recipe, expected_tensors(checkpoint.config, "stacked"))
     if recipe.rules and len(unused) == len(recipe.rules):
         raise InputError(
-            f"recipe {recipe.name}: no rule matches any tensor of {checkpoint.path}",
+            f"recipe {recipe.name}: no rule matches any tensor of {checkpoint.title}",
             "patterns are matched against the names of `l4convert inspect CKPT --tensors`, with experts stacked:"
             " ...experts.gate_up_proj and ...experts.down_proj",
         )

@@ -102,7 +102,7 @@ def optimize(options: OptimizeOptions, progress: Progress = NO_PROGRESS) -> Opti
     record_compute_type(model.graph, compute)
     names = _interface(model)
     nodes = _count(model)
-    reports = tuple(_run(p, options.model, model, recipe) for p in passes_for(target))
+    reports = tuple(_run(p, options.model, model, recipe, target) for p in passes_for(target))
     _forget_notes(model)
     assert _interface(model) == names  # passes keep inputs and outputs
     plan = plan_weights(model)
@@ -136,8 +136,7 @@ def optimize(options: OptimizeOptions, progress: Progress = NO_PROGRESS) -> Opti
 
 def passes_for(target: Target) -> tuple[Pass, ...]:
     """Those that run for a target, in order."""
-    skipped = _NOT_RUN | (set() if "growing" in target.kv_caches else _NEEDS_GROWING)
-    return tuple(p for p in (*NORMALIZING_PASSES, *CANONICAL_PASSES, *target.lowering) if p.name not in skipped)
+    return tuple(p for p in (*NORMALIZING_PASSES, *CANONICAL_PASSES, *target.lowering) if p.name not in _NOT_RUN)
 
 
 def _rounding(target: Target) -> set[str]:
@@ -180,10 +179,15 @@ def _check_compute(options: OptimizeOptions, target: Target, compute: ComputeTyp
         )
 
 
-def _run(graph_pass: Pass, path: Path, model: ir.Model, recipe: Recipe) -> PassReport:
-    """Run a pass, where the graph has operators that it can write."""
-    if graph_pass is not NORMALIZING_PASSES[0] and model.graph.opset_imports.get("", 0) < OPSET:
-        reason = f"writes operators of opset {OPSET}, and the model stays at {model.graph.opset_imports.get('', 0)}"
+def _run(graph_pass: Pass, path: Path, model: ir.Model, recipe: Recipe, target: Target) -> PassReport:
+    """Run a pass, where the graph has operators that it can write and the target a use for what it makes."""
+    version = model.graph.opset_imports.get("", 0)
+    reason = None
+    if graph_pass is not NORMALIZING_PASSES[0] and version < OPSET:
+        reason = f"it writes operators of opset {OPSET}, and the model stays at {version}"
+    elif graph_pass.name in _NEEDS_GROWING and "growing" not in target.kv_caches:
+        reason = f"target {target.name} has no kernel for caches that grow, or for none"
+    if reason is not None:
         return PassReport(graph_pass.name, 0, (("the graph", reason),))
     try:
         return graph_pass(model, recipe)

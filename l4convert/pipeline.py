@@ -15,6 +15,8 @@ from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.adapters import AppliedAdapter
 from l4convert.checkpoint.parameters import parameter_counts
 from l4convert.checkpoint.prequantized import stored_bytes
+from l4convert.checkpoint.text import is_address
+from l4convert.checkpoint.traffic import TRAFFIC, Traffic
 from l4convert.conversion import Conversion
 from l4convert.emit import Filling, adapter_digests, source_digests, write_artifact
 from l4convert.emit.memory import parse_size
@@ -63,6 +65,7 @@ class ConvertResult:
         sharing: What stays in files of the checkpoint, where that was asked for; not counted in the others.
         resumed_bytes: How many of the bytes an earlier run had written.
         machines: How many machines computed weights.
+        traffic: What came over the network, where the checkpoint is on the hub.
         seconds: Wall time of the whole conversion.
     """
 
@@ -81,6 +84,7 @@ class ConvertResult:
     machines: int
     seconds: float
     adapters: tuple[AppliedAdapter, ...] = ()
+    traffic: Traffic | None = None
 
 
 def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> ConvertResult:
@@ -102,13 +106,15 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
 
     # The machines do not work in this folder. A cluster that is not there is told before anything takes long.
     adapters = tuple(folder.absolute() for folder in options.adapters)
-    options = dataclasses.replace(options, checkpoint=options.checkpoint.absolute(), adapters=adapters)
+    options = dataclasses.replace(options, adapters=adapters)
+    if not is_address(options.checkpoint):
+        options = dataclasses.replace(options, checkpoint=options.checkpoint.absolute())
     with connected(address) as cluster:
         return _convert(options, progress, cluster)
 
 
 def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | None) -> ConvertResult:
-    start = time.monotonic()
+    start, before = time.monotonic(), TRAFFIC.now()
     filling = dataclasses.replace(_filling(options), cluster=cluster)
     conversion = Conversion(options, progress)
     checkpoint, calibration = conversion.checkpoint, conversion.calibration()
@@ -145,6 +151,7 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         machines=1 if cluster is None else len(cluster.machines),
         seconds=time.monotonic() - start,
         adapters=checkpoint.adapters,
+        traffic=None if checkpoint.hub is None else TRAFFIC.now() - before,
     )
 
 
@@ -162,6 +169,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         UsageError: As :func:`convert`; or both or neither of a checkpoint and a preset, or one that does not exist.
         InputError: As :func:`convert`, except for the disk.
     """
+    before = TRAFFIC.now()
     conversion = Conversion(options, NO_PROGRESS)
     checkpoint, weights = conversion.checkpoint, conversion.plan
     files = _planned_files(conversion)
@@ -170,7 +178,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
     # Before the measurement, which takes memory of its own.
     memory = plan_memory(weights, conversion.recipe, _filling(options), _source_bytes(checkpoint))
     return ConversionPlan(
-        source=str(checkpoint.path),
+        source=checkpoint.title,
         parameters=parameters,
         active_parameters=active,
         source_bytes=_source_bytes(checkpoint),
@@ -188,6 +196,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         adapters=checkpoint.adapters,
         time=_estimate(conversion, memory.jobs) if measure else None,
         serving=_serving(conversion, table) if isinstance(options, PlanOptions) else None,
+        traffic=None if checkpoint.hub is None else TRAFFIC.now() - before,
     )
 
 
@@ -261,14 +270,19 @@ def _adapters(adapters: Sequence[AppliedAdapter], progress: Progress) -> dict[st
     return {"adapters": entries}
 
 
+def _source(checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:
+    return {
+        "format": checkpoint.format,
+        **({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization}),
+        **({} if checkpoint.hub is None else {"hub": dataclasses.asdict(checkpoint.hub)}),
+        "files": source_digests(checkpoint.files, progress),
+    }
+
+
 def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     checkpoint = conversion.checkpoint
     return {
-        "source": {
-            "format": checkpoint.format,
-            **({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization}),
-            "files": source_digests(checkpoint.files, progress),
-        },
+        "source": _source(checkpoint, progress),
         **_adapters(checkpoint.adapters, progress),
         "config": dataclasses.asdict(checkpoint.config),
         "target": conversion.target.name,

@@ -21,6 +21,7 @@ def compress(
     weights: Mapping[str, Any] = W4A16,
     *,
     form: str = PACKED,
+    inputs: Mapping[str, Any] | None = None,
     ignore: tuple[str, ...] = IGNORE,
     shards: int = 1,
     **config: Any,
@@ -32,6 +33,7 @@ def compress(
         path: Folder to make.
         weights: Arguments of compressed-tensors' ``QuantizationArgs``.
         form: The library's format.
+        inputs: Arguments of ``QuantizationArgs`` for activations.
         ignore: Modules that stay as they are.
         shards: Number of files.
         **config: More keys of ``quantization_config``.
@@ -65,7 +67,7 @@ def compress(
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": dict(weights), "input_activations": None}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": dict(weights), "input_activations": inputs}},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
         **config,

@@ -8,8 +8,9 @@ from typing import Any
 
 from tests.checkpoints import save_sharded, write_random_checkpoint
 
+DENSE = ("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")
 #: What FbgemmFp8Config leaves alone here: all but the routed experts and the output projections of attention.
-KEPT = ("lm_head", "router", "shared_expert", "q_proj", "k_proj", "v_proj")
+KEPT = ("lm_head", "router", "shared_expert", "q_proj", "k_proj", "v_proj", *DENSE)
 
 
 def write_fbgemm_checkpoint(path: Path, **overrides: Any) -> Path:
@@ -19,23 +20,25 @@ def write_fbgemm_checkpoint(path: Path, **overrides: Any) -> Path:
     from transformers import Llama4ForCausalLM, Llama4TextConfig
     from transformers.integrations import fbgemm_fp8
 
+    fbgemm: Any = fbgemm_fp8
+
     source = write_random_checkpoint(path.with_name(f"{path.name}-bf16"), **overrides)
     values = json.loads((source / "config.json").read_text())
     with torch.device("meta"):
         model: Any = Llama4ForCausalLM(Llama4TextConfig(**values))
         for name, module in list(model.named_modules()):
             if name.endswith(".experts"):
-                model.set_submodule(name, fbgemm_fp8.FbgemmFp8Llama4TextExperts(model.config))
+                model.set_submodule(name, fbgemm.FbgemmFp8Llama4TextExperts(model.config))
             elif isinstance(module, torch.nn.Linear) and not any(kept in name for kept in KEPT):
-                new = fbgemm_fp8.FbgemmFp8Linear(module.in_features, module.out_features, bias=False)
+                new = fbgemm.FbgemmFp8Linear(module.in_features, module.out_features, bias=False)
                 model.set_submodule(name, new)
-    fbgemm_fp8.quantize_fp8_per_row = _quantize_per_row  # what replace_with_fbgemm_fp8_linear would set
-    convert = fbgemm_fp8.FbgemmFp8Quantize(None).convert
+    fbgemm.quantize_fp8_per_row = _quantize_per_row  # what replace_with_fbgemm_fp8_linear would set
+    convert = fbgemm.FbgemmFp8Quantize(None).convert
     result: dict[str, Any] = {}
     for name, tensor in load_file(source / "model.safetensors").items():
         quantized = isinstance(
             model.get_submodule(name.rpartition(".")[0]),
-            fbgemm_fp8.FbgemmFp8Linear | fbgemm_fp8.FbgemmFp8Llama4TextExperts,
+            fbgemm.FbgemmFp8Linear | fbgemm.FbgemmFp8Llama4TextExperts,
         )
         result |= convert({name: [tensor]}, model) if quantized else {name: tensor}
     path.mkdir(parents=True)

@@ -56,9 +56,9 @@ def random_state(params: Mapping[str, Any], dtype: str = "bfloat16", seed: int =
     from llama_models.llama4.args import ModelArgs
     from llama_models.llama4.model import Transformer
 
-    from l4convert.parity.meta_reference import _gloo
+    from l4convert.parity.meta_reference import gloo
 
-    with _gloo():
+    with gloo():
         names = Transformer(ModelArgs(**params, max_batch_size=1, max_seq_len=1)).state_dict()
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -110,14 +110,14 @@ def sharded(state: Mapping[str, Any], count: int, experts: int) -> list[dict[str
         return [dict(state)]
     others = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    flat = {key for key in tensors if ".experts.moe" in key and tensors[key].dim() == 2}
+    axes = {key: tensors[key].dim() for key in tensors if ".experts.moe" in key}
     stacked = convert_moe_weights(dict(tensors), experts)
     parts = [reshard_mp([stacked], size=count, rank=rank) for rank in range(count)]
     order = list(state)
-    return [
-        {key: others[key] if key in others else part[key].flatten(0, 1) if key in flat else part[key] for key in order}
-        for part in parts
-    ]
+    for part in parts:
+        for key, number in axes.items():  # convert_moe_weights cuts the first axis in two, also where it is cut already
+            part[key] = part[key].flatten(0, 1) if number == 2 else part[key].squeeze(1)
+    return [{key: others[key] if key in others else part[key] for key in order} for part in parts]
 
 
 def write_meta(
@@ -199,8 +199,7 @@ def quantize_rank(part: dict[str, Any], params: Mapping[str, Any], kind: str, im
     scales = {}
     for layer in range(1, params["n_layers"] - 1):
         prefix = f"layers.{layer}.feed_forward.experts."
-        for name in EXPERTS:
-            key = prefix + EXPERTS[name]
+        for name, key in ((name, prefix + last) for name, last in EXPERTS.items()):
             experts = params["moe_args"]["num_experts"]
             weight = part[key].reshape(experts, -1, part[key].shape[-1]).transpose(1, 2).contiguous()
             if kind == "fp8":

@@ -19,6 +19,7 @@ from l4convert.checkpoint.names import (
     is_vision,
 )
 from l4convert.checkpoint.quantized import Source, read_quantized
+from l4convert.checkpoint.remote import is_file, names_in
 from l4convert.checkpoint.safetensors_file import DTYPES, MAX_TENSORS, SAFETENSORS_NAMES, Stored, open_safetensors
 from l4convert.checkpoint.templates import check_sidecar
 from l4convert.checkpoint.text import and_more, parse_object, quote, read_bytes, require_file, show
@@ -124,14 +125,14 @@ def _shards(path: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
     """The weight files; each is there."""
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
-        absent = [name for name in names if not (path / name).is_file()]
+        absent = [name for name in names if not is_file(path / name)]
         if absent:
             more = and_more(len(absent) - 1)
             raise InputError(f"{show(path / absent[0])}: listed in {INDEX} but absent{more}", DOWNLOAD_HINT)
         return [path / name for name in names]
-    if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
+    if is_file(path / SINGLE) or (path / SINGLE).is_symlink():
         return [path / SINGLE]
-    found = sorted(path.glob("*.safetensors"))
+    found = names_in(path, ".safetensors")
     if not found:
         raise InputError(f"{show(path)}: no {SINGLE}, no {INDEX}", "only safetensors weights can be read")
     if len(found) > 1:

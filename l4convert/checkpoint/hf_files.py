@@ -21,7 +21,7 @@ def config_json(config: DecoderConfig, dtype: ir.DataType) -> bytes:
         config: The decoder.
         dtype: What its weights are stored in.
     """
-    layers = config.layers
+    layers, floor = config.layers, float(config.floor_scale)
     chunked = any(layer.chunked for layer in layers)
     return _encoded(
         {
@@ -49,7 +49,7 @@ def config_json(config: DecoderConfig, dtype: ir.DataType) -> bytes:
             "rms_norm_eps": config.rms_norm_eps,
             "use_qk_norm": config.use_qk_norm,
             "attn_temperature_tuning": config.attn_temperature_tuning,
-            "floor_scale": config.floor_scale,
+            "floor_scale": int(floor) if floor.is_integer() else floor,  # transformers 5 takes an integer only
             "attn_scale": config.attn_scale,
             "attention_bias": config.attention_bias,
             "tie_word_embeddings": config.tie_word_embeddings,

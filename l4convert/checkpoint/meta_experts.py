@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from l4convert.checkpoint.lazy import Derived, LazyTensor, transposed
 from l4convert.checkpoint.meta_shards import Shards, check_float
-from l4convert.checkpoint.prequantized import Prequantized
+from l4convert.checkpoint.prequantized import Prequantized, carried
 from l4convert.checkpoint.pth_file import DOWNLOAD_HINT, open_pth
 from l4convert.checkpoint.safetensors_file import Stored
 from l4convert.checkpoint.text import and_more, show
@@ -107,6 +107,12 @@ def expert_parts(
             raise InputError(f"{where} is {part.dtype.name}, though {show(file.name)} has scales for it", DOWNLOAD_HINT)
         quantized.append(read(part, of_rank[prefix + name], shape, where))
     return quantized
+
+
+def as_one(joined: LazyTensor) -> LazyTensor:
+    """Shares [E, K, N] that were joined, as one weight where they are quantized, so that it knows its own groups."""
+    found = carried(transposed(joined))
+    return joined if found is None else transposed(Prequantized(found.values, found.scales, found.block_size))
 
 
 def _fp8(part: LazyTensor, scales: LazyTensor, shape: tuple[int, int, int], where: str) -> LazyTensor:

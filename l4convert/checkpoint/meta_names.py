@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.lazy import LazyTensor, SideBySide, transposed
-from l4convert.checkpoint.meta_experts import ExpertScales, expert_parts
+from l4convert.checkpoint.meta_experts import ExpertScales, as_one, expert_parts
 from l4convert.checkpoint.meta_shards import Rows, Shards, check_float, on_top, side_by_side
 from l4convert.checkpoint.names import Shape, expected_tensors
 from l4convert.checkpoint.pth_file import DOWNLOAD_HINT
@@ -175,9 +175,9 @@ def _experts(shards: Shards, config: DecoderConfig, layer: str, within: str, sca
     outer = (config.num_local_experts, width, config.hidden_size)
     prefix = f"{layer}{_EXPERTS}"
     if within.endswith("down_proj"):
-        return on_top(expert_parts(shards, prefix, "w2", outer, scales))
+        return as_one(on_top(expert_parts(shards, prefix, "w2", outer, scales)))
     gate = expert_parts(shards, prefix, "w1", inner, scales)
     up = expert_parts(shards, prefix, "w3", inner, scales)
     if gate[0].dtype != up[0].dtype:
         raise InputError(f"{shards.files[0].path}: {prefix}w1 and w3 are of different types", DOWNLOAD_HINT)
-    return SideBySide([*gate, *up])
+    return as_one(SideBySide([*gate, *up]))

@@ -22,12 +22,36 @@ _QUOTER.maxstring = _QUOTER.maxother = SHOWN_CHARACTERS
 _QUOTER.maxlist, _QUOTER.maxdict, _QUOTER.maxlevel = 8, 2, 2
 
 
+# Folder -> a name that says more than its path: where the files of a cache came from.
+_FOLDER_NAMES: dict[str, str] = {}
+
+
+def name_folder(folder: Path, name: str) -> None:
+    """Let :func:`show` call a folder, and what lies in it, by another name."""
+    _FOLDER_NAMES[str(folder)] = name
+
+
 def show(text: object) -> str:
     """A name from a file as it may appear in a message: on one line, printable, not too long."""
     shown = str(text)
+    for folder, name in _FOLDER_NAMES.items():
+        if shown == folder or shown.startswith(f"{folder}/"):
+            shown = name + shown[len(folder) :]
+    shown = address_text(shown)
     if not shown.isprintable():
         shown = ascii(shown)
     return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 3]}..."
+
+
+def is_address(path: object) -> bool:
+    """Whether it is meant as an address on the Hugging Face Hub, not as a folder."""
+    return str(path) == "hf:" or str(path).startswith("hf:/")
+
+
+def address_text(path: object) -> str:
+    """A path as it was typed: pathlib makes one slash of the two in ``hf://``."""
+    text = str(path)
+    return f"hf://{text[4:]}" if is_address(text) and not text.startswith("hf://") else text
 
 
 def quote(value: object) -> str:

@@ -11,7 +11,7 @@ from l4convert.checkpoint.text import show
 
 def adapters_payload(adapters: Sequence[AppliedAdapter]) -> list[dict[str, Any]]:
     """JSON fields of each."""
-    return [{**adapter.to_dict(), "path": str(adapter.path)} for adapter in adapters]
+    return [{**adapter.to_dict(), "path": str(adapter.path), "base_model": adapter.base} for adapter in adapters]
 
 
 def adapter_rows(adapters: Sequence[AppliedAdapter]) -> list[tuple[str, object]]:
@@ -19,7 +19,7 @@ def adapter_rows(adapters: Sequence[AppliedAdapter]) -> list[tuple[str, object]]
     return [("adapter", f"{adapter.path}: {adapter.words}") for adapter in adapters]
 
 
-def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, object]]:
+def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The same of an artifact, from its manifest."""
     entries = manifest.get("adapters")
     return [("adapter", _entry(entry)) for entry in entries] if isinstance(entries, list) else []

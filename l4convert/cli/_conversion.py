@@ -17,7 +17,8 @@ Recipes:
   int4          weights of attention, MLP and experts in 4 bits, one scale a block
   fp8           the same weights in E4M3, activations quantized per token at run time
   fp8-experts   only the routed experts in E4M3
-  none          weights as the checkpoint has them
+  keep          what the checkpoint stores in INT4 or FP8 with the same codes, the rest unquantized
+  none          no quantization: what the checkpoint stores quantized is dequantized exactly
   FILE.toml     your own: a scheme for each name pattern, the first match wins
 
 \b
@@ -48,7 +49,8 @@ def conversion_options(function: F) -> F:
         click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE", shell_complete=recipe_names,
                      help="How to quantize; see below."),
         click.option("--block-size", type=click.Choice([32, 64, 128]),
-                     help="Weights that share an INT4 scale.  [default: 128 for TensorRT, else the recipe's]"),
+                     help="Weights that share an INT4 scale."
+                          "  [default: the checkpoint's groups, else 128 for TensorRT, else the recipe's]"),
         click.option("--kv-cache", type=click.Choice(["growing", "static", "windowed"]),
                      help="Form of the key/value cache; see below.  [default: the target's first]"),
         click.option("--kv-dtype", type=click.Choice(["fp8", "int8", "int4", "none"]),

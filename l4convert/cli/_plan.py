@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from l4convert.cli._adapters import adapter_rows, adapters_payload
-from l4convert.cli._passes import passes_payload, passes_text
+from l4convert.cli._network import network_payload, network_rows
+from l4convert.cli._passes import notes_lines, passes_payload, passes_text
 from l4convert.cli._plan_serving import serving_payload, serving_text
 from l4convert.cli._render import count, fields, size, table
 from l4convert.cli._settings import Settings
@@ -62,6 +63,7 @@ def plan_payload(plan: ConversionPlan) -> dict[str, Any]:
             "method": METHOD,
         },
         "time": None if plan.time is None else _time_payload(plan.time),
+        "network": network_payload(plan.traffic),
         "serving": None if plan.serving is None else serving_payload(plan.serving),
         "passes": passes_payload(plan.passes),
         "tensors": [dataclasses.asdict(row) for row in plan.table],
@@ -95,6 +97,8 @@ def plan_text(plan: ConversionPlan, tensors: bool, verbose: bool, explain: bool 
         parts.append(serving_text(plan.serving, explain or verbose))
     if verbose:
         parts.append(passes_text(plan.passes, verbose=True))
+    elif notes := notes_lines(plan.passes):
+        parts.append("\n".join(notes))
     if verbose or explain:
         parts.append(_methods(plan))
     return "\n\n".join(parts)
@@ -119,6 +123,7 @@ def _summary(plan: ConversionPlan) -> str:
             ("disk", _disk(plan)),
             ("memory", f"{size(memory.peak)} expected: {size(memory.process)} program and graph, {tiles}"),
             ("time", _time(plan)),
+            *network_rows(plan.traffic),
         ]
     )
 

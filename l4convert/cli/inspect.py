@@ -13,6 +13,7 @@ Examples:
   l4convert inspect Llama-4-Scout              a checkpoint: layers, parameters, bytes
   l4convert inspect Llama-4-Scout --tensors    and every tensor
   l4convert inspect my-lora                    a LoRA adapter: rank, scale, what it changes
+  l4convert inspect hf://org/Llama-4-Scout     one on the Hugging Face Hub: only headers are read
   l4convert inspect scout-int4                 an artifact: manifest, operators, inputs and outputs
 """
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from l4convert.optimizing import OptimizeResult
 
 EPILOG = """\b
-Recipes are those of `l4convert convert`; patterns are matched against transformers' names, which are recovered from what
-the exporter noted down (pass name_weights).
+Recipes are those of `l4convert convert`; patterns are matched against transformers' names, which are recovered from
+what the exporter noted down (pass name_weights).
 
 \b
 Examples:
@@ -107,6 +107,8 @@ def _passes(result: OptimizeResult) -> str:
 def _reasons(result: OptimizeResult, most: int | None) -> str:
     """Why passes left places alone, the most frequent reasons first."""
     found = Counter((report.name, reason) for report in result.passes for _, reason in report.skipped)
+    if result.recipe == "none":
+        found.pop(("quantize_weights", "the recipe keeps it"), None)
     rows = [(name, number, reason) for (name, reason), number in found.most_common(most)]
     text = table(["skipped by", "places", "because"], rows, right=[1]) if rows else ""
     hidden = len(found) - len(rows)
@@ -116,6 +118,6 @@ def _reasons(result: OptimizeResult, most: int | None) -> str:
 def _comparison(result: OptimizeResult) -> str:
     if result.comparison is None:
         return ""
-    rows = [(o.name, f"{o.error:.3g}", f"{o.largest:.3g}") for o in result.comparison.outputs]
-    text = table(["output", "largest difference", "largest value"], rows, right=[1, 2])
-    return f"{text}\non {' and '.join(result.comparison.probes)}, beside the given model on ONNX Runtime"
+    rows = [(o.name, f"{o.error:.3g}", f"{o.mean:.3g}", f"{o.largest:.3g}") for o in result.comparison.outputs]
+    text = table(["output", "largest difference", "mean", "largest value"], rows, right=[1, 2, 3])
+    return f"{text}\non {', '.join(result.comparison.probes)}; beside the given model on ONNX Runtime"

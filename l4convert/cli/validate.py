@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from l4convert.cli._conversion import adapter_option
+from l4convert.cli._network import local_folder
 from l4convert.cli._running import running_options
 from l4convert.cli._settings import global_options, settings_of
 from l4convert.cli._text import read_text
@@ -40,7 +41,7 @@ Exit code 0 when every threshold of the policy holds; 4 when one does not, or no
 @click.command("validate", epilog=EPILOG)
 @click.argument("artifact", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, type=click.Path(path_type=Path), metavar="CKPT",
-              help="The checkpoint that OUT was made from.")  # fmt: skip
+              help="The checkpoint that OUT was made from; one on the hub is downloaded into its cache.")  # fmt: skip
 @adapter_option("LoRA adapter that was merged into it (`convert --adapter`); may be repeated, in the same order.")
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to compare on (UTF-8).  [default: random tokens]")  # fmt: skip
@@ -87,6 +88,7 @@ def command(
 
     settings = settings_of(ctx)
     info = read_artifact(artifact)
+    reference = local_folder(reference, settings)
     report = validate(
         artifact,
         reference,

@@ -88,7 +88,8 @@ def _expanded(
     where: str, functions: Mapping[_Identifier, onnx.FunctionProto], first: _Identifier, sizes: dict[_Identifier, int]
 ) -> None:
     """Fill ``sizes`` for a function and those it calls, without recursion: the depth is the file's to choose."""
-    stack, active = [first], []
+    stack: list[_Identifier] = [first]
+    active: list[_Identifier] = []
     while stack:
         identifier = stack[-1]
         if identifier in sizes:
@@ -150,24 +151,29 @@ def _check_nodes(tensors: Tensors, nodes: Iterable[onnx.NodeProto], scopes: _Sco
         for name in node.input:
             if name and not _seen(name, scopes):
                 raise InputError(f"{where}: {label} takes '{show(name)}' before anything gives it")
-        names = [attribute.name for attribute in node.attribute]
-        if len(set(names)) != len(names):
-            raise InputError(f"{where}: {label} has an attribute twice")
-        for attribute, tensor in attribute_tensors(node):
-            what = f"tensor '{show(tensor.name or attribute)}' of {label}"
-            if is_external(tensor):
-                raise tensors.refuse(what, "only initializers may be outside of the model", "export it again")
-            tensors.check(tensor, what)
-        for item in node.attribute:
-            if item.HasField("sparse_tensor") or item.sparse_tensors:
-                raise InputError(f"{where}: {label}: sparse tensors are not supported", "export it dense")
-            for inner in _inner_graphs(item):
-                _check_graph(tensors, inner, scopes)
+        _check_attributes(tensors, node, label, scopes)
         for name in node.output:
             if name and _seen(name, scopes):
                 raise InputError(f"{where}: {label} gives '{show(name)}', which is there already")
             if name:
                 scopes[-1].add(name)
+
+
+def _check_attributes(tensors: Tensors, node: onnx.NodeProto, label: str, scopes: _Scopes) -> None:
+    where: str = show(tensors.path)
+    names = [attribute.name for attribute in node.attribute]
+    if len(set(names)) != len(names):
+        raise InputError(f"{where}: {label} has an attribute twice")
+    for attribute, tensor in attribute_tensors(node):
+        what = f"tensor '{show(tensor.name or attribute)}' of {label}"
+        if is_external(tensor):
+            raise tensors.refuse(what, "only initializers may be outside of the model", "export it again")
+        tensors.check(tensor, what)
+    for item in node.attribute:
+        if item.HasField("sparse_tensor") or item.sparse_tensors:
+            raise InputError(f"{where}: {label}: sparse tensors are not supported", "export it dense")
+        for inner in _inner_graphs(item):
+            _check_graph(tensors, inner, scopes)
 
 
 def _seen(name: str, scopes: _Scopes) -> bool:

@@ -11,7 +11,6 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -101,9 +100,7 @@ class Tensors:
             return None
         if proto.raw_data:
             return Inline(proto.name, self.path, dtype, dims, proto.raw_data)
-        array = np.ascontiguousarray(ir.from_proto(proto).numpy())
-        data = ir.tensor(array, dtype).tobytes()
-        return Inline(proto.name, self.path, dtype, dims, data)
+        return Inline(proto.name, self.path, dtype, dims, ir.serde.TensorProtoTensor(proto).tobytes())
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -182,7 +179,7 @@ class Tensors:
             root, real = os.path.realpath(folder), os.path.realpath(file)
             if os.path.commonpath([root, real]) != root:
                 raise self.refuse(what, f"{show(location)} is a link that leads out of the model's folder", _STAY)
-            status = os.stat(real)
+            status = Path(real).stat()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise self.refuse(what, f"{show(location)}: {show(reason)}", "copy it beside the model") from error

@@ -48,7 +48,7 @@ class MetaReference:
         self._torch = _require_backend()
         self.checkpoint = checkpoint
         self.exact_angles = exact_angles
-        with _gloo():
+        with gloo():
             self._model: Any = _load(checkpoint)
         self._length = 0
         self._table: Any = None  # of RoPE, [positions, head_dim / 2] complex64
@@ -154,7 +154,7 @@ def _require_backend() -> Any:
 
 
 @contextmanager
-def _gloo() -> Iterator[None]:
+def gloo() -> Iterator[None]:
     """One process that is all of a model-parallel group, and ``Tensor.cuda`` that leaves tensors where they are."""
     import torch
     from fairscale.nn.model_parallel import initialize

@@ -73,7 +73,7 @@ class TransformersReference:
 
         angles = ", angles in float64" if self.exact_angles else ""
         merged = "".join(f", adapter {adapter.path.name} merged by peft" for adapter in self.checkpoint.adapters)
-        return f"transformers {transformers.__version__} eager float32{angles}, {self.checkpoint.path.name}{merged}"
+        return f"transformers {transformers.__version__} eager float32{angles}, {self.checkpoint.name}{merged}"
 
     def logits(self, ids: IntArray) -> FloatArray:
         """Logits [tokens, vocabulary] of one text [tokens]: one forward pass, no cache, no padding."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.checkpoint.text import is_address
 from l4convert.errors import InputError, UsageError
 from l4convert.parity.by_length import TextComparison
 from l4convert.parity.notes import (
@@ -67,7 +68,7 @@ def validate(
 
     Args:
         artifact: The folder that ``convert`` wrote.
-        reference: The checkpoint's folder.
+        reference: The checkpoint's folder, or its address; then it is downloaded into huggingface_hub's cache.
         text: What to run on; None: random tokens, which prove equality but say little about quality.
         text_name: What to call it in the report.
         policy: Thresholds; default: the bundled ones of the artifact's recipe.
@@ -89,6 +90,10 @@ def validate(
         BackendMissing: torch, transformers or what is to run the artifact is not installed, or there is no GPU.
     """
     info = read_artifact(artifact)
+    if is_address(reference):
+        from l4convert.checkpoint.hub import local_checkpoint
+
+        reference = local_checkpoint(reference, progress)  # transformers reads whole files
     limit = info.config.max_position_embeddings
     tokens = max(DEFAULT_TOKENS, window) if tokens is None else tokens
     if not 2 <= window <= limit or tokens < 2:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.adapters import is_merged
+from l4convert.checkpoint.adapters import Merged, is_merged
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, Constant, Derived, LazyTensor
 from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.emit.jobs import group_jobs
@@ -89,12 +89,15 @@ def noise_tensors(shapes: Mapping[str, Sequence[int]], dtype: ir.DataType) -> di
 
 
 def noise_like(tensor: LazyTensor, plain: LazyTensor) -> LazyTensor:
-    """Random content for a weight, stored as ``tensor`` is: quantized with the same kind of codes and scales, or not.
+    """Random content for a weight, stored as ``tensor`` is: quantized with the same kind of codes and scales, or not,
+    and with as much to merge.
 
     Args:
         tensor: Of a checkpoint.
         plain: Random content that is not quantized, for where ``tensor`` is not.
     """
+    if isinstance(tensor, Merged):
+        return tensor.alike(noise_like(tensor.base, plain), lambda part: noise_tensors({"": part.dims}, part.dtype)[""])
     if next(quantized_parts(tensor), None) is None:
         return plain
     return _with_noise(tensor, np.random.default_rng(0).bytes(TILE_ELEMENTS))
@@ -135,10 +138,7 @@ def estimate_time(plan: WeightsPlan, sample: WeightsPlan, recipe: Recipe, jobs: 
     anything = max(sample.groups, key=group_elements)  # where the sample's layers have other schemes
     budget = SECONDS / (len(elements) + 0.2)
     with _scratch(folder) as descriptor:
-        rates = {
-            work: _rate(largest.get(work) or _similar(largest, work) or anything, descriptor, budget)
-            for work in elements
-        }
+        rates = {work: _rate(largest.get(work, anything), descriptor, budget) for work in elements}
     weights = plan.written_bytes + sum(planned.nbytes for planned in plan.shared)
     return TimePlan(elements, rates, jobs, weights, _digest_rate(budget / 5))
 
@@ -157,11 +157,6 @@ def _work(group: Sequence[PlannedTensor], recipe: Recipe) -> str:
     kind, scheme = classify(group[0], recipe)
     merged = " of merged weights" if any(is_merged(planned.tensor) for planned in group) else ""
     return (f"{scheme} scales" if kind == SCALES else scheme) + merged
-
-
-def _similar(largest: Mapping[str, tuple[PlannedTensor, ...]], work: str) -> tuple[PlannedTensor, ...]:
-    """The same work where adapters change some layers only and the sample has the others; empty where there is none."""
-    return next((group for name, group in largest.items() if work.startswith(name) or name.startswith(work)), ())
 
 
 def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> float:

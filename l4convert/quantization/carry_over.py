@@ -19,7 +19,7 @@ from l4convert.checkpoint.names import expected_tensors
 from l4convert.checkpoint.prequantized import Carried, carried, quantized_parts
 from l4convert.errors import UsageError
 from l4convert.quantization.int4 import BLOCK_SIZES
-from l4convert.quantization.recipe import STORED, Recipe, Rule, Scheme
+from l4convert.quantization.recipe import STORED, Recipe, Rule, Scheme, unused_rules
 
 _LAYERS = "model.layers."
 _EXPERTS = ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
@@ -42,7 +42,9 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
         scheme = None if weight is None else stored_scheme(recipe.scheme_for(name), weight, name)
         if scheme is not None:
             own[name] = scheme
-    return replace(recipe, rules=(*_rules(own, names), *plain))
+    resolved = replace(recipe, rules=(*_rules(own, names), *plain))
+    idle = set(unused_rules(resolved, names)) - set(unused_rules(recipe, names))  # all they were for is carried over
+    return replace(resolved, rules=tuple(rule for rule in resolved.rules if rule not in idle))
 
 
 def fused_weight(checkpoint: Checkpoint, name: str) -> LazyTensor | None:

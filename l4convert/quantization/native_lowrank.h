@@ -17,7 +17,9 @@ INLINE void NAME(lowrank_block)(double *strip, const double *left, int64_t ranks
     Doubles sums[4][WIDE] = {{{0}}}; /* those of `height` rows */
     for (int64_t k = 0; k < ranks; k++) {
         Doubles row[WIDE];
-        memcpy(row, right + COLUMNS * k, sizeof row);
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE; j++) /* one by one: a copy of all of them would go through memory */
+            memcpy(&row[j], right + COLUMNS * k + j * (LANES / 2), sizeof row[j]);
 #pragma GCC unroll 4
         for (int i = 0; i < height; i++) {
             Doubles x = left[i * ranks + k] - (Doubles){0};

@@ -62,7 +62,7 @@ SCHEMA: dict[str, Any] = {
         "digest": {"bytes": int, "bytes_per_second": int},
     },
     "serving": type(None),
-    "passes": [{"name": str, "fired": int, "skipped": list}],
+    "passes": [{"name": str, "fired": int, "skipped": list, "notes": list}],
     "tensors": [
         {
             "name": str,

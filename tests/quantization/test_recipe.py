@@ -53,7 +53,7 @@ def test_bundled(name: str, quantized: tuple[str, ...], scheme: Scheme) -> None:
 
 
 def test_bundled_names() -> None:
-    assert bundled_recipes() == ("fp8", "fp8-experts", "int4", "none")
+    assert bundled_recipes() == ("fp8", "fp8-experts", "int4", "keep", "none")
 
 
 def test_first_match_wins_and_the_rest_is_left_alone(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_unused_rules(tmp_path: Path) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="no recipe 'int5'; there are fp8, fp8-experts, int4, none"):
+    with pytest.raises(UsageError, match="no recipe 'int5'; there are fp8, fp8-experts, int4, keep, none"):
         load_recipe("int5")
 
 

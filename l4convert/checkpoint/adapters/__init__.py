@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
-
-import onnx_ir as ir
 
 from l4convert.checkpoint.adapters.applied import AppliedAdapter
 from l4convert.checkpoint.adapters.config import MERGE_HINT
@@ -19,24 +17,24 @@ from l4convert.checkpoint.adapters.targets import EMBEDDINGS, HEAD, Base, Scales
 from l4convert.checkpoint.base import Checkpoint
 from l4convert.checkpoint.lazy import LazyTensor, Reshaped, cast
 from l4convert.checkpoint.names import Layout, Shape, expected_tensors, find_experts, find_layout
+from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.checkpoint.text import show
 from l4convert.errors import InputError
 
 __all__ = [
     "Adapter",
     "AppliedAdapter",
+    "Merged",
     "adapter_layout",
     "adapter_scales",
     "is_adapter",
     "is_merged",
     "merge_adapters",
-    "merged_alike",
     "open_adapter",
 ]
 
 
 N = TypeVar("N", int, float)
-_LAYER = re.compile(r"(?<=\.layers\.)\d+")
 
 
 def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoint:
@@ -55,30 +53,6 @@ def merge_adapters(checkpoint: Checkpoint, folders: Sequence[Path]) -> Checkpoin
     for folder in folders:
         checkpoint = _merged(checkpoint, open_adapter(folder))
     return checkpoint
-
-
-def merged_alike(
-    tensors: Mapping[str, LazyTensor],
-    checkpoint: Mapping[str, LazyTensor],
-    factors: Callable[[Mapping[str, Shape], ir.DataType], Mapping[str, LazyTensor]],
-) -> dict[str, LazyTensor]:
-    """Stand-ins for a checkpoint's tensors, with as much to merge as those have, to measure it.
-
-    Args:
-        tensors: Of a model of fewer layers.
-        checkpoint: Tensors, of which some are merged; those of the same name, whatever the layer, are much alike.
-        factors: Makes tensors of a type, by name.
-    """
-    merged = {_LAYER.sub("", name): tensor for name, tensor in checkpoint.items() if isinstance(tensor, Merged)}
-    result = dict(tensors)
-    for name, tensor in tensors.items():
-        if (model := merged.get(_LAYER.sub("", name))) is not None and tensor.dims == model.dims:
-            pairs = [factors({"A": u.left.dims, "B": u.right.dims}, u.left.dtype) for u in model.updates]
-            updates = [
-                dataclasses.replace(u, left=p["A"], right=p["B"]) for u, p in zip(model.updates, pairs, strict=True)
-            ]
-            result[name] = Merged(tensor, updates)
-    return result
 
 
 def adapter_layout(adapter: Adapter) -> Layout:
@@ -122,6 +96,7 @@ def _merged(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
         scales=_counts(update.scale for those in updates.values() for update in those),
         merged=tuple(updates),
         replaced=tuple(name for name in whole if name not in updates),
+        dequantized=tuple(name for name in {**whole, **updates} if any(quantized_parts(checkpoint.tensors[name]))),
         vision=adapter.vision,
     )
     return dataclasses.replace(checkpoint, tensors=tensors, adapters=(*checkpoint.adapters, applied))

@@ -19,6 +19,8 @@ class AppliedAdapter:
         ranks, scales: How many updates have each.
         merged: Canonical names of the tensors with updates added.
         replaced: Those of tensors that were trained whole and only replaced.
+        dequantized: Those of ``merged`` and ``replaced`` that the checkpoint stores quantized: their codes cannot be
+            carried over.
         vision: Tensors of it that are about the vision part and were left out.
     """
 
@@ -29,6 +31,7 @@ class AppliedAdapter:
     scales: Mapping[float, int]
     merged: tuple[str, ...]
     replaced: tuple[str, ...]
+    dequantized: tuple[str, ...]
     vision: int
 
     @property
@@ -39,6 +42,8 @@ class AppliedAdapter:
             parts.append(f"merged into {len(self.merged):,} tensors ({_range('rank', self.ranks)}, {self._scale})")
         if self.replaced:
             parts.append(f"{len(self.replaced):,} tensors replaced")
+        if self.dequantized:
+            parts.append(f"{len(self.dequantized):,} of them were stored quantized and are not any more")
         left_out = f"; {self.vision:,} of the vision part left out" if self.vision else ""
         return ", ".join(parts) + left_out
 
@@ -50,11 +55,11 @@ class AppliedAdapter:
         """JSON fields, without the digests that a manifest adds."""
         return {
             "folder": self.path.absolute().name,
-            "base_model": self.base,
             "ranks": {str(rank): count for rank, count in self.ranks.items()},
             "scales": {f"{scale:.9g}": count for scale, count in self.scales.items()},
             "merged": len(self.merged),
             "replaced": len(self.replaced),
+            "dequantized": len(self.dequantized),
             "vision_left_out": self.vision,
         }
 

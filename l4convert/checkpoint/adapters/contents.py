@@ -106,9 +106,7 @@ def _require_folder(path: Path) -> None:
         raise InputError(f"{show(path)}: not a folder", f"give the folder that holds {CONFIG} and {WEIGHTS}")
     if not (path / CONFIG).exists():
         inner = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
-        hint = (
-            f"give the adapter's folder, such as {show(path / inner[0])}" if inner else f"an adapter has {WEIGHTS} too"
-        )
+        hint = f"give the adapter's folder, such as {show(path / inner[0])}" if inner else "is it a checkpoint?"
         raise InputError(f"{show(path)}: not an adapter: it has no {CONFIG}", hint)
 
 

@@ -8,8 +8,8 @@ peft does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,6 +90,11 @@ class Merged(Derived):
         for update in updates:
             update.add_to(total, batch, rows, cols)
         return total.astype(self.dtype.numpy(), copy=False)
+
+    def alike(self, base: LazyTensor, factor: Callable[[LazyTensor], LazyTensor]) -> Merged:
+        """Another weight with as much to merge: ``factor`` makes a stand-in for a factor."""
+        updates = [replace(update, left=factor(update.left), right=factor(update.right)) for update in self.updates]
+        return Merged(base, updates)
 
 
 def is_merged(tensor: object) -> bool:

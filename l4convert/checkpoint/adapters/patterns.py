@@ -34,8 +34,11 @@ class Patterns(Generic[T]):
         self._where = where
         self._values: dict[str, T] = dict(values)
         self._plain = {key: re.compile(_whole(key)) for key in values if _PLAIN.fullmatch(key)}
+        others = [key for key in values if key not in self._plain]
+        if len(others) > patterns.MAX_EXPRESSIONS:
+            raise InputError(f"{where}: {len(others):,} regular expressions, more than {patterns.MAX_EXPRESSIONS}")
         try:
-            self._others = {key: patterns.Patterns([f"re:{_whole(key)}"]) for key in values if key not in self._plain}
+            self._others = {key: patterns.Patterns([f"re:{_whole(key)}"]) for key in others}
         except patterns.UnusablePatternError as error:
             raise InputError(f"{where}: {error}") from error
         self._seconds = 0.0

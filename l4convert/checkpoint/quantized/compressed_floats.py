@@ -30,13 +30,14 @@ from l4convert.checkpoint.text import quote
 E4M3 = ir.DataType.FLOAT8E4M3FN
 
 
-def read_fp8(source: Source, weights: Fields, weight: str) -> LazyTensor:
+def read_fp8(source: Source, weights: Fields, weight: str, per_token: bool) -> LazyTensor:
     """A weight [N, K] of format ``float-quantized``: ``weight`` and ``weight_scale``.
 
     Args:
         source: The tensors.
         weights: The scheme of weights.
         weight: Its name.
+        per_token: The scheme rounds activations token by token, too (:func:`rounds_per_token`).
     """
     rows, depth = matrix(source, weight)
     _require_type(weights, 8)
@@ -51,7 +52,7 @@ def read_fp8(source: Source, weights: Fields, weight: str) -> LazyTensor:
     if shapes is None:
         weights.fail("strategy", f"is {quote(strategy)}: not supported for FP8", "supported: tensor, channel, block")
     shape = found.dims if found is not None and found.dims in shapes else shapes[0]
-    return e4m3_weight(codes, source.require(name, FLOAT_SCALES, shape))
+    return e4m3_weight(codes, source.require(name, FLOAT_SCALES, shape), per_token)
 
 
 def _in_blocks(source: Source, weights: Fields, codes: LazyTensor, name: str) -> LazyTensor:
@@ -65,10 +66,7 @@ def _in_blocks(source: Source, weights: Fields, codes: LazyTensor, name: str) ->
 
 
 def read_nvfp4(source: Source, weights: Fields, weight: str) -> LazyTensor:
-    """A weight [N, K] of format ``nvfp4-pack-quantized``: ``weight_packed``, ``weight_scale``, ``weight_global_scale``.
-
-    Arguments as for :func:`read_fp8`.
-    """
+    """A weight [N, K] of format ``nvfp4-pack-quantized``: bytes of two codes, block scales and the tensor's scale."""
     rows, depth = matrix(source, weight)
     _require_type(weights, 4)
     if weights.integer("group_size", NVFP4_BLOCK) != NVFP4_BLOCK or depth % NVFP4_BLOCK:
@@ -77,6 +75,16 @@ def read_nvfp4(source: Source, weights: Fields, weight: str) -> LazyTensor:
     blocks = source.require(f"{weight}_scale", (E4M3,), (rows, depth // NVFP4_BLOCK))
     whole = source.require(f"{weight}_global_scale", (ir.DataType.FLOAT,), (1,))
     return nvfp4_weight(packed, Nested(Finite(blocks), Finite(whole), np.divide))
+
+
+def rounds_per_token(inputs: Fields | None) -> bool:
+    """Whether a scheme's ``input_activations`` are FP8 with a scale for every token, found as it comes.
+
+    Static scales, and those of groups of a token's elements, are not what an artifact has: it leaves such inputs as
+    they are.
+    """
+    wanted = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    return inputs is not None and all(inputs.get(key, None) == value for key, value in wanted.items())
 
 
 def _require_type(weights: Fields, bits: int) -> None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from l4convert.checkpoint.fields import Fields
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.prequantized import Prequantized
-from l4convert.checkpoint.quantized.compressed_floats import read_fp8, read_nvfp4
+from l4convert.checkpoint.quantized.compressed_floats import read_fp8, read_nvfp4, rounds_per_token
 from l4convert.checkpoint.quantized.packed import PACKED_TYPES, Unpacked, UnpackedRows
 from l4convert.checkpoint.quantized.patterns import Patterns, UnusablePatternError
 from l4convert.checkpoint.quantized.source import FLOAT_SCALES, ReadWeights, Source, checked, matrix, summary, where
@@ -37,11 +37,13 @@ class Scheme:
         format: How weights are stored.
         weights: The scheme of weights (compressed_tensors/quantization/quant_args.py).
         targets: The modules that it is for.
+        per_token: Activations are rounded to FP8, token by token.
     """
 
     format: str
     weights: Fields
     targets: Patterns
+    per_token: bool
 
 
 def read(source: Source) -> ReadWeights:
@@ -56,6 +58,8 @@ def read(source: Source) -> ReadWeights:
             continue
         scheme = _scheme_of(source.layout.stored(module), schemes, ignored, config)
         tensors[weight] = FORMATS[scheme.format](source, scheme, weight)
+        if (plain := source.stored.get(weight)) is not None:
+            raise InputError(f"{where(plain)} is there both quantized and not", "one of the two is left over")
     return ReadWeights(tensors, summary(NAME, tensors, source.expected) + take_unused(source))
 
 
@@ -82,7 +86,7 @@ def read_packed(source: Source, scheme: Scheme, weight: str) -> LazyTensor:
 # How the weights of a group are stored -> what reads one.
 FORMATS: Mapping[str, Callable[[Source, Scheme, str], LazyTensor]] = {
     "pack-quantized": read_packed,
-    "float-quantized": lambda source, scheme, weight: read_fp8(source, scheme.weights, weight),
+    "float-quantized": lambda source, scheme, weight: read_fp8(source, scheme.weights, weight, scheme.per_token),
     "nvfp4-pack-quantized": lambda source, scheme, weight: read_nvfp4(source, scheme.weights, weight),
 }
 
@@ -145,7 +149,7 @@ def _scheme(group: Fields | None, config: Fields) -> Scheme:
     name = holder.get("format")
     if not isinstance(name, str) or name not in FORMATS:
         holder.fail("format", f"is {quote(name)}: that cannot be read", f"supported: {', '.join(FORMATS)}")
-    return Scheme(name, weights, _patterns(group, "targets"))
+    return Scheme(name, weights, _patterns(group, "targets"), rounds_per_token(group.object("input_activations")))
 
 
 def _patterns(fields: Fields, key: str) -> Patterns:

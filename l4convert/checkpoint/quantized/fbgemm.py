@@ -32,10 +32,10 @@ def _weight(source: Source, weight: str, shape: Shape) -> LazyTensor:
     codes = source.require(weight, (ir.DataType.FLOAT8E4M3FN,), shape)
     name = f"{weight}_scale"
     if len(shape) == 2:
-        return e4m3_weight(codes, source.require(name, FLOAT_SCALES, (shape[0], 1)))
+        return e4m3_weight(codes, source.require(name, FLOAT_SCALES, (shape[0], 1)), activations=True)
     experts, _, width = shape
     if weight.endswith("gate_up_proj"):
         scales: LazyTensor = transposed(source.require(name, FLOAT_SCALES, (experts, 1, width)))
     else:
         scales = source.require(name, FLOAT_SCALES, (experts, width, 1))
-    return transposed(e4m3_weight(transposed(codes), scales))
+    return transposed(e4m3_weight(transposed(codes), scales, activations=True))

@@ -132,13 +132,14 @@ class UnpackedE2M1(Derived):
         return codes[:, begin : begin + cols.stop - cols.start].view(ml_dtypes.float4_e2m1fn)
 
 
-def e4m3_weight(codes: LazyTensor, scales: LazyTensor) -> Prequantized:
+def e4m3_weight(codes: LazyTensor, scales: LazyTensor, activations: bool = False) -> Prequantized:
     """A weight [..., N, K] of E4M3 codes.
 
     Args:
         codes: FLOAT8E4M3FN [..., N, K].
         scales: One for all: [], [1] or [1, 1]; one a matrix: [E] where there are several; one a row: [N] where there is
             one matrix, or [..., N, 1].
+        activations: The checkpoint means inputs to be rounded to FP8, too, token by token.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -152,7 +153,7 @@ def e4m3_weight(codes: LazyTensor, scales: LazyTensor) -> Prequantized:
         scales = Repeated(Upright(scales, [*lead, 1, 1]), dims, rows)
     elif scales.matrix == (1, 1, 1):
         scales = Repeated(scales, dims, rows)
-    return Prequantized(Finite(codes), scales, depth)
+    return Prequantized(Finite(codes), scales, depth, activations=activations)
 
 
 def nvfp4_weight(packed: LazyTensor, scales: LazyTensor) -> Prequantized:

@@ -13,6 +13,7 @@ found by calibration.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -32,13 +33,26 @@ NAME = "modelopt"
 
 E4M3, E2M1_PAIRS = ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT8
 
-# ``quant_algo`` -> how a weight may be stored under it.
-ALGORITHMS: Mapping[str, tuple[ir.DataType, ...]] = {
-    "FP8": (E4M3,),
-    "FP8_PER_CHANNEL_PER_TOKEN": (E4M3,),
-    "NVFP4": (E2M1_PAIRS,),
-    "W4A16_NVFP4": (E2M1_PAIRS,),
-    "MIXED_PRECISION": (E4M3, E2M1_PAIRS),
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What a ``quant_algo`` says.
+
+    Attributes:
+        dtypes: How a weight may be stored.
+        per_token: Activations are rounded to FP8 with scales found token by token.
+    """
+
+    dtypes: tuple[ir.DataType, ...]
+    per_token: bool = False
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "FP8": Algorithm((E4M3,)),
+    "FP8_PER_CHANNEL_PER_TOKEN": Algorithm((E4M3,), per_token=True),
+    "NVFP4": Algorithm((E2M1_PAIRS,)),
+    "W4A16_NVFP4": Algorithm((E2M1_PAIRS,)),
+    "MIXED_PRECISION": Algorithm((E4M3, E2M1_PAIRS)),
 }
 MAX_PATTERNS = 256
 
@@ -46,7 +60,7 @@ MAX_PATTERNS = 256
 def read(source: Source) -> ReadWeights:
     """The weights that the checkpoint stores quantized; the others stay in ``source.stored``."""
     config = source.config.object("quantization") or source.config
-    dtypes = _dtypes(config)
+    algorithm = _algorithm(config)
     excluded = _Excluded(config)
     tensors: dict[str, LazyTensor] = {}
     for weight, shape in source.expected.items():
@@ -55,30 +69,33 @@ def read(source: Source) -> ReadWeights:
             continue
         source.require_axes(weight, scale)
         excluded.refuse(source.layout.stored(weight.removesuffix(".weight")))
-        tensors[weight] = _weight(source, weight, shape, dtypes)
+        tensors[weight] = _weight(source, weight, shape, algorithm)
     return ReadWeights(tensors, summary(NAME, tensors, source.expected) + take_unused(source))
 
 
-def _weight(source: Source, weight: str, shape: Shape, dtypes: tuple[ir.DataType, ...]) -> LazyTensor:
+def _weight(source: Source, weight: str, shape: Shape, algorithm: Algorithm) -> LazyTensor:
     """A weight as it is expected: [N, K] of a linear layer, [E, K, N] of stacked experts."""
     stacked = len(shape) == 3
     found = source.stored.get(weight)
     halves = 2 if found is not None and found.dtype == E2M1_PAIRS else 1
     *lead, rows, width = shape
     stored_shape = (*lead, rows // halves, width) if stacked else (*lead, rows, width // halves)
-    codes = source.require(weight, dtypes, stored_shape)
+    codes = source.require(weight, algorithm.dtypes, stored_shape)
     if (rows if stacked else width) % (NVFP4_BLOCK if halves == 2 else 1):
         raise InputError(f"{where(codes)}: NVFP4 blocks of {NVFP4_BLOCK} do not divide its rows")
-    result = (_nvfp4 if halves == 2 else _fp8)(source, weight, codes, stacked)
+    if halves == 2:
+        result = _nvfp4(source, weight, codes, stacked)
+    else:
+        result = _fp8(source, weight, codes, stacked, algorithm.per_token)
     return transposed(result) if stacked else result
 
 
-def _fp8(source: Source, weight: str, codes: LazyTensor, stacked: bool) -> Prequantized:
+def _fp8(source: Source, weight: str, codes: LazyTensor, stacked: bool, per_token: bool) -> Prequantized:
     k_last = transposed(codes) if stacked else codes
     scales = source.stored[_side(weight, "weight_scale")]
     per_row = (k_last.dims[0],)  # of experts: one a matrix
     shape = scales.dims if scales.dims in ((), (1,), per_row) else ()
-    return e4m3_weight(k_last, source.require(_side(weight, "weight_scale"), FLOAT_SCALES, shape))
+    return e4m3_weight(k_last, source.require(_side(weight, "weight_scale"), FLOAT_SCALES, shape), per_token)
 
 
 def _nvfp4(source: Source, weight: str, codes: LazyTensor, stacked: bool) -> Prequantized:
@@ -98,13 +115,13 @@ def _side(weight: str, name: str) -> str:
     return f"{stem}.{name}" if stem != weight else f"{weight}_{name}"
 
 
-def _dtypes(config: Fields) -> tuple[ir.DataType, ...]:
-    algorithm = config.get("quant_algo")
-    dtypes = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
-    if dtypes is None:
+def _algorithm(config: Fields) -> Algorithm:
+    name = config.get("quant_algo")
+    algorithm = ALGORITHMS.get(name) if isinstance(name, str) else None
+    if algorithm is None:
         known = ", ".join(ALGORITHMS)
-        config.fail("quant_algo", f"is {quote(algorithm)}: that cannot be read", f"supported: {known}")
-    return dtypes
+        config.fail("quant_algo", f"is {quote(name)}: that cannot be read", f"supported: {known}")
+    return algorithm
 
 
 class _Excluded:

@@ -19,9 +19,11 @@ from l4convert.checkpoint.text import quote
 MAX_CHARACTERS = 1000
 #: More expressions in one list are refused.
 MAX_EXPRESSIONS = 256
-# Steps of our own matcher, for all names that a list is asked about: about a second.
-_MAX_STEPS = 1_000_000
-# An expression with no more repetitions, none inside another, takes Python at most quadratic time.
+# What a list may cost for all names that it is asked about, in nanoseconds or so: a few seconds. Nine thousand modules
+# (Maverick's experts) times five patterns of the usual kind cost a third of it.
+_BUDGET = 1_000_000_000
+_STEP_COST = 1000  # of our own matcher
+# With n repetitions, none inside another, Python takes at most (characters of the name)^n steps.
 _FEW = 2
 _PARSER: Any = import_module("re._parser")  # the standard library's own parser has no public name
 
@@ -47,9 +49,9 @@ class Patterns:
         if len(expressions) > MAX_EXPRESSIONS:
             raise UnusablePatternError(f"{len(expressions):,} regular expressions, more than {MAX_EXPRESSIONS}")
         parsed = {expression: _parsed(expression) for expression in expressions}
-        self._simple = [re.compile(text) for text, items in parsed.items() if _is_simple(items)]
+        self._simple = [(re.compile(text), _repeats(items)) for text, items in parsed.items() if _is_simple(items)]
         self._others = [(text, items) for text, items in parsed.items() if not _is_simple(items)]
-        self._matcher = _Matcher()
+        self._budget = _Budget()
 
     def match(self, name: str, kinds: Iterable[str] = ("Linear",)) -> bool:
         """Whether one of them is about a module.
@@ -63,9 +65,11 @@ class Patterns:
         """
         if name in self._names or not self._names.isdisjoint(kinds):
             return True
-        if any(expression.match(name) for expression in self._simple):
-            return True
-        return any(self._matcher.match(text, items, name) for text, items in self._others)
+        for expression, repeats in self._simple:
+            self._budget.spend(max(1, len(name)) ** repeats)
+            if expression.match(name):
+                return True
+        return any(_Matcher(self._budget).match(text, items, name) for text, items in self._others)
 
 
 def _parsed(expression: str) -> Any:
@@ -81,22 +85,41 @@ def _parsed(expression: str) -> Any:
 
 
 def _is_simple(items: Any) -> bool:
-    repeats = [op for op, _ in items if str(op) in ("MAX_REPEAT", "MIN_REPEAT")]
-    bodies = [argument[2] for op, argument in items if str(op) in ("MAX_REPEAT", "MIN_REPEAT")]
-    others = {str(op) for op, _ in items} - {"MAX_REPEAT", "MIN_REPEAT"}
-    single = all(len(body) == 1 and str(body[0][0]) in _SINGLE for body in bodies)
-    return len(repeats) <= _FEW and single and others <= {*_SINGLE, "AT"}
+    bodies = [argument[2] for op, argument in items if str(op) in _REPEATS]
+    others = {str(op) for op, _ in items} - _REPEATS
+    return len(bodies) <= _FEW and all(map(_is_single, bodies)) and others <= {*_SINGLE, "AT"}
 
 
+def _repeats(items: Any) -> int:
+    return sum(str(op) in _REPEATS for op, _ in items)
+
+
+def _is_single(body: Any) -> bool:
+    return len(body) == 1 and str(body[0][0]) in _SINGLE
+
+
+_REPEATS = frozenset({"MAX_REPEAT", "MIN_REPEAT"})
 # Items that stand for exactly one character.
 _SINGLE = frozenset({"LITERAL", "NOT_LITERAL", "ANY", "IN"})
 
 
-class _Matcher:
-    """Matches parsed expressions by sets of positions, for at most ``_MAX_STEPS`` steps in its life."""
+class _Budget:
+    """Counts what matching costs."""
 
     def __init__(self) -> None:
-        self._steps = 0
+        self._left = _BUDGET
+
+    def spend(self, cost: int) -> None:
+        self._left -= cost
+        if self._left < 0:
+            raise UnusablePatternError("its expressions take too long to match")
+
+
+class _Matcher:
+    """Matches parsed expressions by sets of positions."""
+
+    def __init__(self, budget: _Budget) -> None:
+        self._budget = budget
 
     def match(self, expression: str, items: Any, text: str) -> bool:
         try:
@@ -111,9 +134,7 @@ class _Matcher:
         for op, argument in items:
             if not starts:
                 return starts
-            self._steps += len(starts)
-            if self._steps > _MAX_STEPS:
-                raise UnusablePatternError("takes too long to match")
+            self._budget.spend(_STEP_COST * len(starts))
             starts = self._step(str(op), argument, text, starts)
         return starts
 
@@ -124,7 +145,7 @@ class _Matcher:
             return self._ends(argument[-1], text, starts)
         if op == "BRANCH":
             return frozenset().union(*(self._ends(option, text, starts) for option in argument[1]))
-        if op in ("MAX_REPEAT", "MIN_REPEAT"):
+        if op in _REPEATS:
             return self._repeated(argument, text, starts)
         if op in ("ASSERT", "ASSERT_NOT") and argument[0] > 0:
             wanted = op == "ASSERT"
@@ -133,6 +154,8 @@ class _Matcher:
 
     def _repeated(self, argument: Any, text: str, starts: frozenset[int]) -> frozenset[int]:
         least, most, body = argument
+        if _is_single(body) and least <= 1 and most >= len(text):
+            return self._run(body[0], text, starts, least)
         found: frozenset[int] = starts if least == 0 else frozenset()
         for count in range(1, min(int(most), len(text) + int(least)) + 1):
             following = self._ends(body, text, starts)
@@ -143,6 +166,18 @@ class _Matcher:
             if settled or not starts:
                 break
         return found
+
+    def _run(self, item: Any, text: str, starts: frozenset[int], least: int) -> frozenset[int]:
+        """Ends of any number of the same character, at least ``least`` (0 or 1)."""
+        op, argument = str(item[0]), item[1]
+        found = set(starts) if least == 0 else set()
+        self._budget.spend(_STEP_COST * len(text))
+        running = False
+        for at in range(min(starts), len(text)):
+            running = (running or at in starts) and _is(op, argument, text[at])
+            if running:
+                found.add(at + 1)
+        return frozenset(found)
 
 
 def _at(kind: str, text: str, at: int) -> bool:

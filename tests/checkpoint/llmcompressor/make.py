@@ -46,7 +46,7 @@ CASES: Mapping[str, tuple[str, list[str], Mapping[str, Any]]] = {
 
 
 def main() -> None:
-    checkpoints.VISION = {**checkpoints.VISION, "image_size": 4, "patch_size": 2}  # type: ignore[misc]
+    checkpoints.VISION = {**checkpoints.VISION, "image_size": 4, "patch_size": 2}
     for name, (scheme, ignore, changes) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             source = checkpoints.write_random_checkpoint(Path(folder), conditional=True, **{**SIZES, **changes})
@@ -66,7 +66,7 @@ def compress(source: Path, path: Path, scheme: str, ignore: list[str]) -> None:
     tokens = torch.randint(3, 90, (8, 48), generator=torch.Generator().manual_seed(0)).tolist()
     data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * 48] * 8})
     letters = Tokenizer(models.BPE(vocab={chr(code): code for code in range(32, 90)}, merges=[]))
-    processor = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="A")
+    processor: Any = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="A")
     recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=ignore)
     calibration = {"dataset": data, "processor": processor, "max_seq_length": 48, "pipeline": "basic"}
     oneshot(model=model, recipe=recipe, **({} if scheme == "FP8_DYNAMIC" else calibration))

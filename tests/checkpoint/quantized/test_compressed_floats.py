@@ -13,6 +13,7 @@ from l4convert.errors import InputError
 from tests.checkpoint.llmcompressor.make import HERE, SIZES
 from tests.checkpoint.quantized.agreement import assert_equal_to_library
 from tests.checkpoint.quantized.damage import with_settings, with_tensors
+from tests.checkpoint.quantized.road import EXACT, ROUNDED, convert_and_validate, remarks
 from tests.checkpoints import write_random_checkpoint
 from tests.compressed import compress
 
@@ -106,3 +107,21 @@ def test_a_scheme_that_does_not_fit(case: str, key: str, value: Any, message: st
     with pytest.raises(InputError) as caught:
         open_checkpoint(with_settings(HERE / case, tmp_path / "broken", change))
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "limit", "became"),
+    [
+        ("fp8-dynamic", "keep", ROUNDED, "carried over"),
+        ("fp8-dynamic", "none", EXACT, "kept dequantized"),
+        ("fp8-static", "keep", EXACT, "carried over"),
+        ("fp8-static", "none", EXACT, "kept dequantized"),
+        ("nvfp4", "keep", EXACT, "kept dequantized"),
+        ("nvfp4", "none", EXACT, "kept dequantized"),
+    ],
+)
+def test_convert_and_validate(
+    name: str, recipe: str, limit: float, became: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted = convert_and_validate(HERE / name, tmp_path / "out", recipe, capsys, limit)
+    assert remarks(converted) == {became}

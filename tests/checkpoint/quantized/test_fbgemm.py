@@ -12,6 +12,8 @@ from l4convert.errors import InputError
 from tests.checkpoint.llmcompressor.make import SIZES
 from tests.checkpoint.quantized.agreement import assert_equal_to_library
 from tests.checkpoint.quantized.damage import with_tensors
+from tests.checkpoint.quantized.road import EXACT, ROUNDED, convert_and_validate, remarks
+from tests.checkpoints import MAVERICK
 from tests.fbgemm_checkpoints import write_fbgemm_checkpoint
 
 EXPERTS = "model.layers.1.feed_forward.experts"
@@ -20,12 +22,14 @@ EXPERTS = "model.layers.1.feed_forward.experts"
 @pytest.fixture(scope="module")
 def fbgemm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Widths that all differ, so that no axis can be taken for another."""
-    return write_fbgemm_checkpoint(tmp_path_factory.mktemp("fbgemm") / "fp8", **{**SIZES, "intermediate_size": 48})
+    return write_fbgemm_checkpoint(
+        tmp_path_factory.mktemp("fbgemm") / "fp8", **{**SIZES, **MAVERICK, "intermediate_size": 48}
+    )
 
 
 def test_it_is_dequantized_as_transformers_computes_it(fbgemm: Path) -> None:
-    assert assert_equal_to_library(fbgemm) == 27
-    expected = "fbgemm_fp8: FP8 E4M3 with one scale a row (6 weights), of 27 tensors"
+    assert assert_equal_to_library(fbgemm) == 24
+    expected = "fbgemm_fp8: FP8 E4M3 with one scale a row (4 weights), of 24 tensors"
     assert open_checkpoint(fbgemm).quantization == expected
 
 
@@ -74,3 +78,13 @@ def test_scales_of_another_shape(fbgemm: Path, tmp_path: Path) -> None:
         InputError, match=r"gate_up_proj_scale' has shape \[2, 96, 1\], config\.json makes it \[2, 1, 96\]"
     ):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limit", "became"), [("keep", ROUNDED, "carried over"), ("none", EXACT, "kept dequantized")]
+)
+def test_convert_and_validate(
+    fbgemm: Path, recipe: str, limit: float, became: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted = convert_and_validate(fbgemm, tmp_path / "out", recipe, capsys, limit)
+    assert remarks(converted) == {became}

@@ -14,6 +14,7 @@ from l4convert.errors import InputError
 from tests.checkpoint.llmcompressor.make import SIZES
 from tests.checkpoint.quantized.agreement import assert_equal_to_library
 from tests.checkpoint.quantized.damage import with_settings, with_tensors
+from tests.checkpoint.quantized.road import convert_and_validate, remarks
 from tests.modelopt_checkpoints import export
 
 EXPERTS = "model.layers.0.feed_forward.experts"
@@ -137,3 +138,19 @@ def test_a_scale_of_activations_that_is_no_number(fp8: Path, tmp_path: Path) -> 
     path = with_tensors(fp8, tmp_path / "broken", lambda t: t.update({full: torch.ones(1, dtype=torch.int32)}))
     with pytest.raises(InputError, match="is I32, expected BF16, F16, F32"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "became"),
+    [
+        ("fp8", "keep", "carried over"),
+        ("fp8", "none", "kept dequantized"),
+        ("nvfp4", "keep", "kept dequantized"),
+        ("nvfp4", "none", "kept dequantized"),
+    ],
+)
+def test_convert_and_validate(
+    name: str, recipe: str, became: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: Any
+) -> None:
+    converted = convert_and_validate(request.getfixturevalue(name), tmp_path / "out", recipe, capsys)
+    assert remarks(converted) == {became}
