@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # publishes no types
 
+from l4convert.emit.onnx_file import parse_onnx
 from l4convert.errors import InputError
 
 MAX_MODEL_BYTES = (1 << 31) - 1  # protobuf's own limit
@@ -47,11 +47,9 @@ def read_model(path: Path) -> onnx.ModelProto:
     """
     if path.stat().st_size > MAX_MODEL_BYTES:
         raise InputError(f"{path.name}: is larger than an ONNX file can be")
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(path.read_bytes())
-    except DecodeError:
-        raise InputError(f"{path.name}: is not an ONNX model") from None
+    model = parse_onnx(path)
+    if model is None:
+        raise InputError(f"{path.name}: is not an ONNX model")
     return model
 
 

@@ -16,7 +16,8 @@ class Case:
     Attributes:
         damage: Changes the valid input, a folder that is this case's own.
         names: What the error line (or its hint) must contain: the file, and the tensor or key where there is one.
-        exit_code: Where it is not the family's; 0: it looks bad and is harmless, so it must be taken, within the limits.
+        exit_code: Where it is not the family's; 0: it looks bad and is harmless, so it must be taken
+            within the limits.
     """
 
     damage: Damage

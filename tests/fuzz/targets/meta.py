@@ -28,7 +28,8 @@ def pickles() -> list[bytes]:
     state_of_bytes = name("_io", "BytesIO") + b")\x81" + encoded + b"K\x00N\x87b"
     metadata = b"}" + text("_metadata") + ordered + b"sb"
     return [
-        state({"a": tensor, "b": parameter}), state({"a": tensor}, after=metadata), state({"x._extra_state": state_of_bytes}),
+        state({"a": tensor, "b": parameter}), state({"a": tensor}, after=metadata),
+        state({"x._extra_state": state_of_bytes}),
         state({"a": Tensor(text("1"), (3, 2), (1, 3), kind="BFloat16Storage").pickled(), "n": b"N"}), b"\x80\x02}.",
     ]  # fmt: skip
 

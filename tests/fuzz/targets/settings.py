@@ -33,7 +33,7 @@ RECIPE = Target(
     lambda data: load_recipe(str(_recipe(data))),
     lambda: [
         *bundled("l4convert.quantization", "recipes"),
-        b'[[rule]]\npattern = "*.weight"\nscheme = "int4"\nblock_size = 64\n\n[kv_cache]\ndtype = "int8"\nlayers = "all"\n',
+        b'[[rule]]\npattern = "*.weight"\nscheme = "int4"\nblock_size = 64\n\n[kv_cache]\ndtype = "int8"\n',
     ],
     ("[[rule]]", "pattern", "scheme", '"int4"', "block_size", "[kv_cache]", "dtype", "granularity", "0x", "1e400"),
 )

@@ -78,7 +78,7 @@ FAMILY = Family(
             "the index itself as a shard": (weight_map(lambda m: m.update({NORM: INDEX})), (INDEX,)),
             "config.json as a shard": (weight_map(lambda m: m.update({NORM: "config.json"})), ("config.json",)),
             "every tensor in one shard": (
-                lambda p: weight_map(lambda m: m.update(dict.fromkeys(m, FIRST)))(p),
+                weight_map(lambda m: m.update(dict.fromkeys(m, FIRST))),
                 (FIRST, "is missing", INDEX),
             ),
             "a tensor in two shards": (

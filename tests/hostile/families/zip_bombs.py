@@ -68,8 +68,8 @@ FAMILY = Family(
     cases=cases(
         {
             "deflated to a thousandth": packed(8, deflate),
-            "by bzip2": packed(12, lambda data: bz2.compress(data), 10_000_000),
-            "by LZMA": packed(14, lambda data: lzma.compress(data), 10_000_000),
+            "by bzip2": packed(12, bz2.compress, 10_000_000),
+            "by LZMA": packed(14, lzma.compress, 10_000_000),
             "by an unknown method": packed(99, lambda data: data[:100], 1000),
             "the pickle deflated": one("data.pkl", data=deflate(pickle() + bytes(ZEROS)), method=8, size=ZEROS),
             "entries that overlap": bad(lambda e: [*e, Entry("archive/data/999", e[0].data, offset=0)]),
