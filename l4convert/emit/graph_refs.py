@@ -47,10 +47,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     """
     if path.stat().st_size > MAX_MODEL_BYTES:
         raise InputError(f"{path.name}: is larger than an ONNX file can be")
-    model = parse_onnx(path)
-    if model is None:
-        raise InputError(f"{path.name}: is not an ONNX model")
-    return model
+    return parse_onnx(path, path.name)
 
 
 def _of_graph(graph: onnx.GraphProto) -> Iterator[ExternalRef]:

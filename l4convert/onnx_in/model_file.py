@@ -69,11 +69,9 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not 0 < size <= MAX_MODEL_BYTES:
         raise InputError(f"{show(path)}: {size:,} bytes; an ONNX model has 1 to {MAX_MODEL_BYTES:,}", _HINT)
     try:
-        proto = parse_onnx(path)
+        proto = parse_onnx(path, show(path))
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be read: {show(error.strerror)}") from error
-    if proto is None:
-        raise InputError(f"{show(path)}: is not an ONNX model", _HINT)
     if not proto.HasField("graph") or not proto.ir_version:
         raise InputError(f"{show(path)}: is not an ONNX model: it has no graph or no IR version", _HINT)
     return proto

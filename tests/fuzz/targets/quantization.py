@@ -62,7 +62,8 @@ def seeds() -> list[bytes]:
     fp8 = {WEIGHT: ["F8_E4M3", [32, 32]], f"{WEIGHT}_scale": ["F32", [32, 1]]}
     stacked = {EXPERTS: ["F8_E4M3", [2, 32, 16]], f"{EXPERTS}_scale": ["F32", [2, 16, 1]]}
     nvfp4 = {
-        f"{WEIGHT}_packed": ["U8", [32, 16]], f"{WEIGHT}_scale": ["F8_E4M3", [32, 2]], f"{WEIGHT}_global_scale": ["F32", [1]],
+        f"{WEIGHT}_packed": ["U8", [32, 16]], f"{WEIGHT}_scale": ["F8_E4M3", [32, 2]],
+        f"{WEIGHT}_global_scale": ["F32", [1]],
     }  # fmt: skip
     floats = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
     modelopt = {**MODELOPT, "quant_method": "modelopt"}
