@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 from l4convert.checkpoint.meta_params import read_params
@@ -66,11 +67,14 @@ PARAMS_JSON = Target(
     (*(f'"{key}"' for key in PARAMS), "NaN", "Infinity", "1e999", "null"),
     form="json",
 )
-RANKS = Target(
-    lambda data: read_ranks(_ranks(data)),
-    lambda: [b"YQ== 0\nYg== 1\n", b"".join(b"%s %d\n" % (t, i) for i, t in enumerate((b"YQ==", b"YWI=", b"YWJj")))],
-    ("YQ== ", " 0\n", "\n"),
-)
+def ranks() -> list[bytes]:
+    """All bytes, without and with tokens that are made of them."""
+    tokens = [*(bytes([byte]) for byte in range(256)), b"ab", b"abc", b"\xff\xfe"]
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    return [b"".join(lines[:256]), b"".join(lines), b"YQ== 0\nYg== 1\n"]
+
+
+RANKS = Target(lambda data: read_ranks(_ranks(data)), ranks, ("YQ== ", " 0\n", "\n"))
 PICKLE = Target(lambda data: read_state(data, "data.pkl"), pickles, (*_OPCODES, *_NAMES))
 STORAGES = Target(parse_within, pickles, (*_OPCODES, *_NAMES), longest=4096)
 ZIP = Target(
