@@ -70,6 +70,7 @@ def read(source: Source) -> ReadWeights:
         scale = _side(weight, "weight_scale")
         if scale not in source.stored:
             continue
+        source.require_axes(weight, scale)
         excluded.refuse(source.layout.stored(weight.removesuffix(".weight")))
         tensors[weight] = _weight(source, weight, shape, algorithm)
     return ReadWeights(tensors, summary(NAME, tensors, source.expected) + take_unused(source))
