@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]  # publishes no types
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.text import require_file, show
+from l4convert.emit.onnx_file import parse_onnx
 from l4convert.errors import InputError
 from l4convert.onnx_in.structure import check_model, graphs_of
 from l4convert.onnx_in.tensors import Tensors
@@ -48,7 +47,6 @@ def open_onnx(path: Path) -> OnnxInput:
     """
     proto = _parse(path)
     tensors = Tensors(path)
-    _require_text(path, proto)
     check_model(proto, tensors)
     lazy = _take_out(proto, tensors)
     _check_operators(path, proto)
@@ -70,33 +68,13 @@ def _parse(path: Path) -> onnx.ModelProto:
     size = require_file(path, _HINT)
     if not 0 < size <= MAX_MODEL_BYTES:
         raise InputError(f"{show(path)}: {size:,} bytes; an ONNX model has 1 to {MAX_MODEL_BYTES:,}", _HINT)
-    proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise InputError(f"{show(path)}: is not an ONNX model", _HINT) from error
+        proto = parse_onnx(path, show(path))
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be read: {show(error.strerror)}") from error
     if not proto.HasField("graph") or not proto.ir_version:
         raise InputError(f"{show(path)}: is not an ONNX model: it has no graph or no IR version", _HINT)
     return proto
-
-
-def _require_text(path: Path, proto: Message) -> None:
-    """Every name is UTF-8 (protobuf parses others, too, and cannot write them).
-
-    Raises:
-        InputError: One is not.
-    """
-    stack: list[Message] = [proto]
-    while stack:
-        for field, value in stack.pop().ListFields():
-            if field.type == FieldDescriptor.TYPE_MESSAGE:
-                stack += value if field.is_repeated else [value]
-            elif field.type == FieldDescriptor.TYPE_STRING:
-                for text in value if field.is_repeated else [value]:
-                    if isinstance(text, bytes):
-                        raise InputError(f"{show(path)}: {field.name} {show(text)} is not UTF-8 text", _HINT)
 
 
 def _take_out(proto: onnx.ModelProto, tensors: Tensors) -> list[LazyTensor]:
