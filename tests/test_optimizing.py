@@ -75,7 +75,6 @@ def test_a_fresh_export_gives_transformers_logits(exported, tmp_path, capsys):
     [
         ("cpu", "int4", "QMoE", 0.6),
         ("cpu", "fp8", "DequantizeLinear", 0.6),
-        ("portable", "int4", "DequantizeLinear", 0.6),
         ("cuda", "int4", "MatMulNBits", 0.6),
         ("tensorrt-rtx", "int4", "Loop", 0.6),
     ],
