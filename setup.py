@@ -10,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 KERNELS = Extension(
     "l4convert.quantization.kernels",
     sources=["l4convert/quantization/native.cpp"],
-    depends=[f"l4convert/quantization/native_{part}.h" for part in ("lanes", "search", "int4", "fp8")],
+    depends=[f"l4convert/quantization/native_{part}.h" for part in ("lanes", "search", "int4", "fp8", "lowrank")],
     language="c++",
     # Contraction would fuse a product and a sum into one rounding on some machines and not on others.
     extra_compile_args=["-O3", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"],

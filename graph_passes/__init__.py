@@ -16,18 +16,58 @@ from l4convert.graph_passes import (
     lower_moe_to_loop,
     lower_moe_to_qmoe,
     move_activation_scales,
+    name_weights,
+    normalize_experts,
+    normalize_linear,
+    normalize_norms,
     outline_attention,
+    outline_exported_attention,
     pack_experts,
     quantize_kv_cache,
     quantize_weights,
     split_activation_scales,
     store_compute_type,
+    upgrade_opset,
     widen_dequantization,
 )
 from l4convert.graph_passes.base import Pass, PassReport
 from l4convert.graph_passes.providers import CUDA
 
-__all__ = ["CANONICAL_PASSES", "LOWERING_PASSES", "PASSES", "Pass", "PassReport"]
+__all__ = ["CANONICAL_PASSES", "LOWERING_PASSES", "NORMALIZING_PASSES", "PASSES", "Pass", "PassReport"]
+
+#: Run on graphs that somebody else exported, in this order, before all others.
+NORMALIZING_PASSES: tuple[Pass, ...] = (
+    Pass(
+        "upgrade_opset",
+        "a model for older standard operators is declared one for opset 23, where its own mean the same there",
+        upgrade_opset.run,
+    ),
+    Pass(
+        "name_weights",
+        "weights get the names that recipes know, from the modules that an exporter noted down",
+        name_weights.run,
+    ),
+    Pass(
+        "normalize_linear",
+        "Gemm, and Transpose of a stored weight, become MatMul with a matrix [in,out]",
+        normalize_linear.run,
+    ),
+    Pass(
+        "normalize_norms",
+        "a root mean square that was taken apart becomes RMSNormalization",
+        normalize_norms.run,
+    ),
+    Pass(
+        "outline_exported_attention",
+        "scores, mask and softmax become one call of l4convert::LongContextAttention",
+        outline_exported_attention.run,
+    ),
+    Pass(
+        "normalize_experts",
+        "products of all tokens with all experts become the canonical form, of which only chosen experts compute",
+        normalize_experts.run,
+    ),
+)
 
 #: Run for every target, in this order.
 CANONICAL_PASSES: tuple[Pass, ...] = (
@@ -140,4 +180,4 @@ LOWERING_PASSES: tuple[Pass, ...] = (
     ),
 )
 
-PASSES: tuple[Pass, ...] = CANONICAL_PASSES + LOWERING_PASSES
+PASSES: tuple[Pass, ...] = CANONICAL_PASSES + LOWERING_PASSES + NORMALIZING_PASSES

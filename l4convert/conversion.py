@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from l4convert.calibrating import Calibration, calibration_of
 from l4convert.checkpoint import Checkpoint, open_checkpoint
+from l4convert.checkpoint.adapters import merge_adapters
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import expected_tensors
 from l4convert.checkpoint.presets import preset_checkpoint
@@ -57,7 +58,7 @@ class Conversion:
         self.kv_cache = _choice(self.target, "KV cache", self.target.kv_caches, options.kv_cache)
         self.compute = _choice(self.target, "compute type", self.target.compute, options.compute)
         if options.output is not None:
-            sources = [] if options.checkpoint is None else [options.checkpoint]
+            sources = [options.checkpoint, *options.adapters] if options.checkpoint is not None else options.adapters
             check_destination(options.output, options.overwrite, sources)
         recipe = load_recipe(options.recipe, options.block_size, self.target.block_size)
         self.recipe = with_kv_cache(recipe, options.kv_dtype, options.kv_granularity, options.kv_layers)
@@ -158,9 +159,9 @@ def _open(options: ConvertOptions | PlanOptions) -> Checkpoint:
     if preset is not None and options.share_weights:
         raise UsageError("a preset has no files in which weights could stay", "plan for a checkpoint")
     if options.checkpoint is not None:
-        return open_checkpoint(options.checkpoint)
+        return merge_adapters(open_checkpoint(options.checkpoint), options.adapters)
     assert preset is not None  # the other one is None
-    return preset_checkpoint(preset)
+    return merge_adapters(preset_checkpoint(preset), options.adapters)
 
 
 def _target(options: ConvertOptions | PlanOptions) -> tuple[Target, Hardware | None]:
@@ -194,7 +195,7 @@ def _check_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
     unused = unused_rules(recipe, expected_tensors(checkpoint.config, "stacked"))
     if recipe.rules and len(unused) == len(recipe.rules):
         raise InputError(
-            f"recipe {recipe.name}: no rule matches any tensor of {checkpoint.path}",
+            f"recipe {recipe.name}: no rule matches any tensor of {checkpoint.title}",
             "patterns are matched against the names of `l4convert inspect CKPT --tensors`, with experts stacked:"
             " ...experts.gate_up_proj and ...experts.down_proj",
         )

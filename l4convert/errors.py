@@ -39,6 +39,10 @@ class ClusterError(InputError):
     """Machines that were to help cannot be reached, are lost, or cannot see the same files."""
 
 
+class RemoteError(InputError):
+    """A server that holds a checkpoint cannot be reached, refuses, or does not answer as the hub's protocol says."""
+
+
 class DeviceError(InputError):
     """A GPU or its library refused what it was given: an engine of another version, too much memory, a fault."""
 
@@ -60,11 +64,14 @@ class BackendMissing(L4Error):
 INSTALL = {
     "cmake": "pip install cmake",
     "compressed_tensors": "pip install compressed-tensors",
+    "modelopt": "pip install nvidia-modelopt",
     "cuda": "pip install cuda-bindings",
+    "huggingface_hub": "pip install huggingface_hub",
     "kernel_lens": "pip install kernel-lens",
     "llama_models": "pip install llama-models fairscale",
     "matplotlib": "pip install matplotlib",
     "onnxruntime": "pip install onnxruntime-gpu",
+    "peft": "pip install peft",
     "ray": "pip install 'ray[client]'",
     "tensorrt": "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13",

@@ -15,7 +15,7 @@ class HowOptions:
 
     ``kv_cache`` and ``compute`` are the target's own where they are None. ``jobs`` and ``memory_limit`` (as "4G")
     change how fast the artifact is written, not one byte of it. ``kv_dtype``, ``kv_granularity`` and ``kv_layers`` go
-    over the recipe's ``[kv_cache]`` table.
+    over the recipe's ``[kv_cache]`` table. ``adapters`` are folders of LoRA adapters, merged in their order.
     """
 
     target: str = "cpu"
@@ -32,6 +32,7 @@ class HowOptions:
     restart: bool = False
     jobs: int | None = None
     memory_limit: str | None = None
+    adapters: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

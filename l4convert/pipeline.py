@@ -6,15 +6,19 @@ import dataclasses
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4convert.checkpoint import Checkpoint
+from l4convert.checkpoint.adapters import AppliedAdapter
 from l4convert.checkpoint.parameters import parameter_counts
 from l4convert.checkpoint.prequantized import stored_bytes
+from l4convert.checkpoint.text import is_address
+from l4convert.checkpoint.traffic import TRAFFIC, Traffic
 from l4convert.conversion import Conversion
-from l4convert.emit import Filling, source_digests, write_artifact
+from l4convert.emit import Filling, adapter_digests, source_digests, write_artifact
 from l4convert.emit.memory import parse_size
 from l4convert.emit.plan import WEIGHTS_FILE
 from l4convert.emit.write import MODEL_FILE, manifest_reserve, serialize_model
@@ -55,11 +59,13 @@ class ConvertResult:
     Attributes:
         passes: One report for each pass that ran, in order.
         bytes, tensors: Size and number of the tensors in the weights file.
+        adapters: What was merged into the checkpoint's weights.
         kv_scheme: How the caches are quantized; None: they are not.
         calibration: The text that their scales were found on.
         sharing: What stays in files of the checkpoint, where that was asked for; not counted in the others.
         resumed_bytes: How many of the bytes an earlier run had written.
         machines: How many machines computed weights.
+        traffic: What came over the network, where the checkpoint is on the hub.
         seconds: Wall time of the whole conversion.
     """
 
@@ -77,6 +83,8 @@ class ConvertResult:
     resumed_bytes: int
     machines: int
     seconds: float
+    adapters: tuple[AppliedAdapter, ...] = ()
+    traffic: Traffic | None = None
 
 
 def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> ConvertResult:
@@ -97,13 +105,16 @@ def convert(options: ConvertOptions, progress: Progress = NO_PROGRESS) -> Conver
     from l4convert.emit.cluster import connected
 
     # The machines do not work in this folder. A cluster that is not there is told before anything takes long.
-    options = dataclasses.replace(options, checkpoint=options.checkpoint.absolute())
+    adapters = tuple(folder.absolute() for folder in options.adapters)
+    options = dataclasses.replace(options, adapters=adapters)
+    if not is_address(options.checkpoint):
+        options = dataclasses.replace(options, checkpoint=options.checkpoint.absolute())
     with connected(address) as cluster:
         return _convert(options, progress, cluster)
 
 
 def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | None) -> ConvertResult:
-    start = time.monotonic()
+    start, before = time.monotonic(), TRAFFIC.now()
     filling = dataclasses.replace(_filling(options), cluster=cluster)
     conversion = Conversion(options, progress)
     checkpoint, calibration = conversion.checkpoint, conversion.calibration()
@@ -119,6 +130,7 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         progress=progress,
         checkpoint=checkpoint.path,
         sources=checkpoint.files,
+        keep_clear_of=[adapter.path for adapter in checkpoint.adapters],
         filling=filling,
         on_resumed=resumed.append,
         finish=None if calibration is None else calibration.finish(conversion.model, progress),
@@ -138,6 +150,8 @@ def _convert(options: ConvertOptions, progress: Progress, cluster: Cluster | Non
         resumed_bytes=sum(resumed),
         machines=1 if cluster is None else len(cluster.machines),
         seconds=time.monotonic() - start,
+        adapters=checkpoint.adapters,
+        traffic=None if checkpoint.hub is None else TRAFFIC.now() - before,
     )
 
 
@@ -155,6 +169,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         UsageError: As :func:`convert`; or both or neither of a checkpoint and a preset, or one that does not exist.
         InputError: As :func:`convert`, except for the disk.
     """
+    before = TRAFFIC.now()
     conversion = Conversion(options, NO_PROGRESS)
     checkpoint, weights = conversion.checkpoint, conversion.plan
     files = _planned_files(conversion)
@@ -163,7 +178,7 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
     # Before the measurement, which takes memory of its own.
     memory = plan_memory(weights, conversion.recipe, _filling(options), _source_bytes(checkpoint))
     return ConversionPlan(
-        source=str(checkpoint.path),
+        source=checkpoint.title,
         parameters=parameters,
         active_parameters=active,
         source_bytes=_source_bytes(checkpoint),
@@ -178,8 +193,10 @@ def plan_conversion(options: ConvertOptions | PlanOptions, measure: bool = False
         sharing=conversion.sharing,
         disk=plan_disk(sum(files.values()) + manifest_reserve(weights), options.output),
         memory=memory,
+        adapters=checkpoint.adapters,
         time=_estimate(conversion, memory.jobs) if measure else None,
         serving=_serving(conversion, table) if isinstance(options, PlanOptions) else None,
+        traffic=None if checkpoint.hub is None else TRAFFIC.now() - before,
     )
 
 
@@ -241,14 +258,32 @@ def _estimate(conversion: Conversion, jobs: int) -> TimePlan | None:
         return None
 
 
+def _adapters(adapters: Sequence[AppliedAdapter], progress: Progress) -> dict[str, Any]:
+    """What the manifest says of them; nothing where there are none."""
+    if not adapters:
+        return {}
+    with progress.task("Identifying the adapters", total=len(adapters), unit="adapters") as task:
+        entries = []
+        for adapter in adapters:
+            entries.append({**adapter.to_dict(), "files": adapter_digests(adapter)})
+            task.advance(1)
+    return {"adapters": entries}
+
+
+def _source(checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:
+    return {
+        "format": checkpoint.format,
+        **({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization}),
+        **({} if checkpoint.hub is None else {"hub": dataclasses.asdict(checkpoint.hub)}),
+        "files": source_digests(checkpoint.files, progress),
+    }
+
+
 def _manifest(conversion: Conversion, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     checkpoint = conversion.checkpoint
     return {
-        "source": {
-            "format": checkpoint.format,
-            **({} if checkpoint.quantization is None else {"quantization": checkpoint.quantization}),
-            "files": source_digests(checkpoint.files, progress),
-        },
+        "source": _source(checkpoint, progress),
+        **_adapters(checkpoint.adapters, progress),
         "config": dataclasses.asdict(checkpoint.config),
         "target": conversion.target.name,
         "recipe": conversion.recipe.to_dict(),

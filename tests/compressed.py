@@ -21,6 +21,7 @@ def compress(
     weights: Mapping[str, Any] = W4A16,
     *,
     form: str = PACKED,
+    inputs: Mapping[str, Any] | None = None,
     ignore: tuple[str, ...] = IGNORE,
     shards: int = 1,
     **config: Any,
@@ -32,6 +33,7 @@ def compress(
         path: Folder to make.
         weights: Arguments of compressed-tensors' ``QuantizationArgs``.
         form: The library's format.
+        inputs: Arguments of ``QuantizationArgs`` for activations.
         ignore: Modules that stay as they are.
         shards: Number of files.
         **config: More keys of ``quantization_config``.
@@ -65,7 +67,7 @@ def compress(
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": dict(weights), "input_activations": None}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": dict(weights), "input_activations": inputs}},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
         **config,
@@ -78,7 +80,13 @@ def _scales(weight: Any, args: Any) -> dict[str, Any]:
     """Scales and zero points as the library's own min-max rule has them."""
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    size = args.group_size if args.strategy == "group" else weight.shape[1]
-    blocks = weight.float().reshape(weight.shape[0], -1, size)
+    if args.strategy == "tensor":
+        blocks = weight.float().reshape(1, -1)
+    elif args.strategy == "block":
+        height, width = args.block_structure
+        blocks = weight.float().unfold(0, height, height).unfold(1, width, width).flatten(2)
+    else:
+        size = args.group_size if args.strategy == "group" else weight.shape[1]
+        blocks = weight.float().reshape(weight.shape[0], -1, size)
     scale, zero_point = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
     return {"weight_scale": scale.to(weight.dtype), "weight_zero_point": zero_point}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import MAVERICK, write_random_checkpoint
+from tests.warm import run_command
 
 REPO = Path(__file__).resolve().parent.parent
 TEXT = "def main():\n    for index in range(10):\n        print(index, 'is the number')\n" * 8
@@ -29,7 +30,10 @@ def run(*args: object, code: int = 0, **environment: str) -> subprocess.Complete
     """Run one command; its exit code must be ``code``. Its working directory is not the repository."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("L4CONVERT_")}
     env |= {"PYTHONPATH": str(REPO), **environment}
-    done = subprocess.run(command(*args), capture_output=True, text=True, env=env, cwd="/", check=False)
+    if environment:
+        done = subprocess.run(command(*args), capture_output=True, text=True, env=env, cwd="/", check=False)
+    else:
+        done = run_command([str(arg) for arg in args], cwd=Path("/"), environment=env)
     assert done.returncode == code, (args, done.stdout, done.stderr)
     assert "Traceback" not in done.stdout + done.stderr
     if code:

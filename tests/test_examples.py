@@ -21,7 +21,7 @@ def test_every_example_has_a_readme_and_a_script() -> None:
 
 def test_nano_scout_ends_with_a_passing_parity_table(tmp_path: Path, nano: Path) -> None:
     script = nano.parent / "run.py"
-    command = [sys.executable, str(script), "--output", str(tmp_path / "out"), "--tokens", "600"]
+    command = [sys.executable, str(script), "--output", str(tmp_path / "out"), "--tokens", "260"]
     run = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     parity, _, engines = run.stdout.partition("Parity with transformers")[2].partition("Engines built")

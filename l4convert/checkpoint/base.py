@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.lazy import LazyTensor
+from l4convert.checkpoint.remote import HubSource
+from l4convert.checkpoint.text import is_address, show
+
+if TYPE_CHECKING:
+    from l4convert.checkpoint.adapters.applied import AppliedAdapter
 
 Experts = Literal["stacked", "unfused"]
 
@@ -26,6 +31,8 @@ class Checkpoint:
         experts: ``stacked``: one [E, in, out] tensor a projection; ``unfused``: one [out, in] weight an expert.
         sidecars: Tokenizer, config and chat template files, to be copied into the artifact.
         files: Every file that decides the result (config, index, weights), for digests.
+        adapters: Those that were merged into the tensors, in their order; their files are not among ``files``.
+        hub: Where it came from, where that is the Hugging Face Hub; ``path`` is then a folder of its cache.
         quantization: How the checkpoint stores its weights quantized, in words; None: it does not.
         generated: Name to content of files that an artifact needs and the checkpoint lacks, written like sidecars.
     """
@@ -37,8 +44,21 @@ class Checkpoint:
     experts: Experts
     sidecars: tuple[Path, ...]
     files: tuple[Path, ...]
+    adapters: tuple[AppliedAdapter, ...] = ()
     quantization: str | None = None
     generated: Mapping[str, bytes] = field(default_factory=dict)
+    hub: HubSource | None = None
+
+    @property
+    def title(self) -> str:
+        """What a user calls it: its folder, or its address with the commit."""
+        shown = show(self.path)  # a folder of Hugging Face's cache has the address as its name
+        return shown if is_address(shown) else str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The same in short: a folder's own name."""
+        return self.title if is_address(self.title) else self.path.name
 
 
 @dataclass(frozen=True)

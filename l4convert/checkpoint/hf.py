@@ -19,7 +19,9 @@ from l4convert.checkpoint.names import (
     is_vision,
 )
 from l4convert.checkpoint.quantized import Source, read_quantized
-from l4convert.checkpoint.safetensors_file import DTYPES, SAFETENSORS_NAMES, Stored, open_safetensors
+from l4convert.checkpoint.remote import is_file, names_in
+from l4convert.checkpoint.safetensors_file import DTYPES, MAX_TENSORS, SAFETENSORS_NAMES, Stored, open_safetensors
+from l4convert.checkpoint.templates import check_sidecar
 from l4convert.checkpoint.text import and_more, parse_object, quote, read_bytes, require_file, show
 from l4convert.errors import InputError
 
@@ -54,6 +56,7 @@ def open_hf(path: Path) -> Checkpoint:
         InputError: Anything is missing, unexpected, of another shape or dtype, or not what it says it is.
     """
     require_file(path / CONFIG, DOWNLOAD_HINT)
+    _require_inside(path, path / CONFIG)
     config = read_config(path / CONFIG)
     index = path / INDEX
     weight_map = _read_index(index) if index.exists() or index.is_symlink() else None
@@ -113,21 +116,23 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _is_plain(name: str) -> bool:
     """A file name that cannot point out of its folder on any system."""
-    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:") and len(name) <= 255
+    return (
+        name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:") and len(name.encode()) <= 255
+    )
 
 
 def _shards(path: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
     """The weight files; each is there."""
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
-        absent = [name for name in names if not (path / name).is_file()]
+        absent = [name for name in names if not is_file(path / name)]
         if absent:
             more = and_more(len(absent) - 1)
             raise InputError(f"{show(path / absent[0])}: listed in {INDEX} but absent{more}", DOWNLOAD_HINT)
         return [path / name for name in names]
-    if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
+    if is_file(path / SINGLE) or (path / SINGLE).is_symlink():
         return [path / SINGLE]
-    found = sorted(path.glob("*.safetensors"))
+    found = names_in(path, ".safetensors")
     if not found:
         raise InputError(f"{show(path)}: no {SINGLE}, no {INDEX}", "only safetensors weights can be read")
     if len(found) > 1:
@@ -142,6 +147,8 @@ def _read_shards(shards: Iterable[Path]) -> dict[str, Stored]:
             if name in stored:
                 raise InputError(f"{show(shard)}: tensor '{show(name)}' is also in {show(stored[name].file.name)}")
             stored[name] = tensor
+        if len(stored) > MAX_TENSORS:
+            raise InputError(f"{show(shard)}: more than {MAX_TENSORS:,} tensors with those of the files before it")
     return stored
 
 
@@ -181,6 +188,10 @@ def _check_names(
     if missing:
         what = f"tensor '{layout.stored(missing[0])}' is missing{and_more(len(missing) - 1)}"
         raise InputError(f"{show(listing)}: {what}", _missing_hint(missing, stored))
+    twice = [tensor for name, tensor in tensors.items() if name in made]
+    if twice:
+        what = f"tensor '{show(twice[0].key)}' is there twice, once quantized{and_more(len(twice) - 1)}"
+        raise InputError(f"{show(twice[0].file)}: {what}", DOWNLOAD_HINT)
     unexpected = [tensor for name, tensor in tensors.items() if name not in expected]
     if unexpected:
         what = f"tensor '{show(unexpected[0].key)}' is not one this config has{and_more(len(unexpected) - 1)}"
@@ -206,20 +217,27 @@ def _check_tensor(tensor: Stored, shape: Shape) -> None:
 
 
 def sidecars(path: Path, names: Iterable[str] = SIDECARS) -> tuple[Path, ...]:
-    """The files that go into the artifact as they are.
+    """The files that go into the artifact as they are, checked.
 
     Args:
         path: The checkpoint's folder.
         names: Those that are looked for.
 
     Raises:
-        InputError: A link would bring in a file from elsewhere.
+        InputError: A link would bring in a file from elsewhere, or one is not what it should be.
     """
-    present = [path / name for name in names if (path / name).is_file()]
+    present = [path / name for name in names if (path / name).exists() or (path / name).is_symlink()]
+    for file in present:
+        _require_inside(path, file)
+        if file.name != CONFIG:
+            check_sidecar(file)
+    return tuple(present)
+
+
+def _require_inside(path: Path, file: Path) -> None:
+    """Refuse a link to a file that is not of the checkpoint."""
     folder = path.resolve()
     # A Hugging Face cache keeps snapshots/<revision>/<name> as links into blobs/.
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    for file in present:
-        if not any(file.resolve().is_relative_to(place) for place in (folder, blobs)):
-            raise InputError(f"{show(file)}: a link to a file outside the checkpoint", "put a copy of the file there")
-    return tuple(present)
+    if not any(file.resolve().is_relative_to(place) for place in (folder, blobs)):
+        raise InputError(f"{show(file)}: a link to a file outside the checkpoint", "put a copy of the file there")

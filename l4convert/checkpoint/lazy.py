@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.nibbles import transpose_packed
+
 # How much of a tensor is computed at a time when it is written: large enough for good I/O, small enough that a handful
 # of float32 temporaries of a tile stay far below any memory limit.
 TILE_ELEMENTS = 1 << 22
@@ -254,6 +256,13 @@ class Transposed(Derived):
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         return self.parts[0].tile(batch, cols, rows).T
+
+    def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        if cols.stop % 2:
+            return super().packed(batch, rows, cols)
+        skipped = rows.start % 2  # its source has whole bytes only
+        turned = transpose_packed(self.parts[0].packed(batch, cols, slice(rows.start - skipped, rows.stop)))
+        return turned[skipped : skipped + rows.stop - rows.start]
 
 
 def transposed(part: LazyTensor) -> LazyTensor:

@@ -129,7 +129,10 @@ def _expert_width(params: Fields, moe: Fields, dim: int) -> int:
         capacity = moe.number("capacity_factor", 1.0, positive=False)
         if capacity <= -1:
             moe.fail("capacity_factor", f"is {capacity:g}, must be above -1")
-        width = int(width / (capacity + 1))
+        expanded = width / (capacity + 1)
+        if expanded > MAX_INT:
+            moe.fail("capacity_factor", f"is {capacity:g}, which makes the experts too wide")
+        width = int(expanded)
     return _rounded(params, width)
 
 

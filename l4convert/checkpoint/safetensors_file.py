@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,13 +20,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint import remote
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.pages import read_tile
+from l4convert.checkpoint.remote import RemoteFile, Span, remote_file
 from l4convert.checkpoint.text import parse_object, quote, require_file, show
 from l4convert.errors import InputError
 
 # The reference implementation's own limit (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
+# In a file, and in all files of a checkpoint. Known ones have at most the 46,080 of Maverick's experts, one by one
+# and quantized, with all five tensors that a weight can then have.
+MAX_TENSORS = 1 << 16
 MAX_RANK = 8
 MAX_DIM = 2**62
 # Each mapping holds a file descriptor; systems commonly allow 1024 of them, and large models have hundreds of shards.
@@ -65,15 +70,19 @@ class _FileState:
 class Stored(LazyTensor):
     """A tensor in a safetensors file; tiles are read-only views of the memory-mapped file (possibly unaligned).
 
+    Of a file on a server, they are copies.
+
     Attributes:
         file: The file.
         offset: Where its data begins, in bytes from the beginning of the file.
         key: Its name in the file.
     """
 
-    def __init__(self, state: _FileState, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int) -> None:
+    def __init__(
+        self, state: _FileState | RemoteFile, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int
+    ) -> None:
         super().__init__(dtype, shape, name=key)
-        self.file = Path(state.path)
+        self.file = _path(state.path)
         self.key = key
         self.offset = offset
         self._state = state
@@ -92,12 +101,19 @@ class Stored(LazyTensor):
             raise ValueError(f"{self.key}: {self.dims} cannot be seen as {shape}")
         return Stored(self._state, self.key, self.dtype, shape, self.offset)
 
+    @property
+    def remote(self) -> RemoteFile | None:
+        """The file on a server that holds it; None where it is on this machine."""
+        return self._state if isinstance(self._state, RemoteFile) else None
+
     def require_unchanged(self) -> None:
-        """See whether the file is still the one whose header was read.
+        """See whether the file is still the one whose header was read; one on a server is looked at when it is read.
 
         Raises:
             InputError: It was changed or cannot be read.
         """
+        if isinstance(self._state, RemoteFile):
+            return
         try:
             _require_same(self._state, self.file.stat())
         except OSError as error:
@@ -106,8 +122,11 @@ class Stored(LazyTensor):
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         if not self.size:
             return np.empty(self.matrix, self.dtype.numpy())[batch, rows, cols]
-        file = _mapped(self._state)
         offset = self.offset + batch * (self.nbytes // self.matrix[0])
+        if isinstance(self._state, RemoteFile):
+            span = Span(self._state, self.offset, self.offset + self.nbytes)
+            return remote.read_tile(span, offset, self.matrix[1:], self.dtype.numpy(), rows, cols)
+        file = _mapped(self._state)
         matrix: np.ndarray = np.ndarray(self.matrix[1:], self.dtype.numpy(), buffer=file.data, offset=offset)
         try:
             return read_tile(file, matrix, rows, cols)
@@ -125,19 +144,31 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     Raises:
         InputError: The file is not exactly one well-formed safetensors file.
     """
+    state: _FileState | RemoteFile
+    if far := remote_file(path):
+        state = far
+        length, header = _read_header(path, lambda start, nbytes: far.read(start, start + nbytes), far.size)
+    else:
+        state, length, header = _open_file(path)
+    if len(header) > MAX_TENSORS:
+        raise InputError(f"{show(path)}: {len(header):,} tensors, more than the {MAX_TENSORS:,} that a model can have")
+    data = 8 + length
+    entries = [_entry(path, name, fields) for name, fields in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    _check_coverage(path, entries, state.size - data)
+    return {entry.name: Stored(state, entry.name, entry.dtype, entry.shape, data + entry.begin) for entry in entries}
+
+
+def _open_file(path: Path) -> tuple[_FileState, int, dict[str, Any]]:
+    """A file of this machine: its state, and the length and content of its header."""
     require_file(path, "download the checkpoint again, or finish the download")
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            length, header = _read_header(path, file.read(8), file, status.st_size)
+            header = _read_header(path, lambda _, nbytes: file.read(nbytes), status.st_size)
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be read: {show(error.strerror)}") from error
-    state = _FileState(str(path), status.st_size, status.st_mtime_ns)
-    data = 8 + length
-    entries = [_entry(path, name, fields) for name, fields in header.items() if name != "__metadata__"]
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    _check_coverage(path, entries, status.st_size - data)
-    return {entry.name: Stored(state, entry.name, entry.dtype, entry.shape, data + entry.begin) for entry in entries}
+    return _FileState(str(path), status.st_size, status.st_mtime_ns), *header
 
 
 def stored_at(
@@ -167,8 +198,9 @@ class _Entry:
     end: int
 
 
-def _read_header(path: Path, prefix: bytes, file: Any, size: int) -> tuple[int, dict[str, Any]]:
-    where = show(path)
+def _read_header(path: Path, read: Callable[[int, int], bytes], size: int) -> tuple[int, dict[str, Any]]:
+    """``read`` gives bytes of the file, in their order: from where, and how many."""
+    where, prefix = show(path), read(0, 8)
     if len(prefix) < 8:
         raise InputError(f"{where}: not a safetensors file: {len(prefix)} bytes", "finish the download")
     if LFS_POINTER.startswith(prefix):
@@ -179,7 +211,7 @@ def _read_header(path: Path, prefix: bytes, file: Any, size: int) -> tuple[int, 
     if 8 + length > size:
         missing = 8 + length - size
         raise InputError(f"{where}: truncated inside the header, {missing:,} bytes missing", "download it again")
-    return length, parse_object(file.read(length), f"{where}: safetensors header")
+    return length, parse_object(read(8, length), f"{where}: safetensors header")
 
 
 def _entry(path: Path, name: str, fields: Any) -> _Entry:
@@ -222,6 +254,12 @@ def _check_coverage(path: Path, entries: list[_Entry], size: int) -> None:
         position = entry.end
     if position < size:
         raise InputError(f"{show(path)}: {size - position:,} bytes after the last tensor belong to none")
+
+
+@lru_cache(maxsize=MAX_OPEN_FILES)
+def _path(path: str) -> Path:
+    """One object for all tensors of a file: making it is what takes longest in reading a header."""
+    return Path(path)
 
 
 def _require_same(state: _FileState, status: os.stat_result) -> None:

@@ -56,8 +56,12 @@ class _Machine:
 
     def fail(self, problem: str) -> NoReturn:
         """Raise an InputError about the opcode that is being done."""
-        key = next((item for item in reversed(self._stack) if type(item) is str), None)
-        after = "" if key is None else f", after '{show(key)}'"
+        key, depth, least = None, 0, len(self._stack)
+        for item in self._stack:  # the outermost text is the key in the state dict, those above are within its value
+            depth += item is _MARK
+            if type(item) is str and depth <= least:
+                key, least = item, depth
+        after = "" if key is None else f", at or after '{show(key)}'"
         raise InputError(f"{self._where}: {problem} (pickle byte {self._at:,}{after})", HINT)
 
     def run(self) -> dict[str, Any]:

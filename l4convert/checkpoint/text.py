@@ -10,18 +10,48 @@ from typing import Any
 from l4convert.errors import InputError
 
 SHOWN_CHARACTERS = 160
+# A parsed value takes up to thirty times the memory of its text, so the text's size alone does not limit it. Both are
+# far above what the index or header of a model with a million tensors has.
+MAX_JSON_CONTAINERS = 1_500_000
+MAX_JSON_ITEMS = 6_000_000
+# Python stores text with any character above U+FFFF in four bytes a character.
+MAX_JSON_WIDE_BYTES = 40_000_000
 
 _QUOTER = reprlib.Repr()
 _QUOTER.maxstring = _QUOTER.maxother = SHOWN_CHARACTERS
 _QUOTER.maxlist, _QUOTER.maxdict, _QUOTER.maxlevel = 8, 2, 2
 
 
+# Folder -> a name that says more than its path: where the files of a cache came from.
+_FOLDER_NAMES: dict[str, str] = {}
+
+
+def name_folder(folder: Path, name: str) -> None:
+    """Let :func:`show` call a folder, and what lies in it, by another name."""
+    _FOLDER_NAMES[str(folder)] = name
+
+
 def show(text: object) -> str:
     """A name from a file as it may appear in a message: on one line, printable, not too long."""
     shown = str(text)
+    for folder, name in _FOLDER_NAMES.items():
+        if shown == folder or shown.startswith(f"{folder}/"):
+            shown = name + shown[len(folder) :]
+    shown = address_text(shown)
     if not shown.isprintable():
         shown = ascii(shown)
     return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 3]}..."
+
+
+def is_address(path: object) -> bool:
+    """Whether it is meant as an address on the Hugging Face Hub, not as a folder."""
+    return str(path) == "hf:" or str(path).startswith("hf:/")
+
+
+def address_text(path: object) -> str:
+    """A path as it was typed: pathlib makes one slash of the two in ``hf://``."""
+    text = str(path)
+    return f"hf://{text[4:]}" if is_address(text) and not text.startswith("hf://") else text
 
 
 def quote(value: object) -> str:
@@ -74,9 +104,10 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         what: How a message names it, such as the file's path.
 
     Raises:
-        InputError: Not UTF-8, not JSON, not an object, nested too deeply, or with a key that occurs twice in an object
-            (readers differ in which one they take).
+        InputError: Not UTF-8, not JSON, not an object, nested too deeply, with more in it than memory should be spent
+            on, or with a key that occurs twice in an object (readers differ in which one they take).
     """
+    _check_amount(data, what)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except _DuplicateKeyError as error:
@@ -90,6 +121,22 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{what}: a JSON object was expected, not {json_type(value)}")
     return value
+
+
+def _check_amount(data: bytes, what: str) -> None:
+    """Refuse JSON that would take far more memory or time than it has bytes; counted without parsing it.
+
+    Raises:
+        InputError: It has too many objects, arrays or items, or is long and not ASCII.
+    """
+    containers = data.count(b"{") + data.count(b"[")
+    if containers > MAX_JSON_CONTAINERS:
+        raise InputError(f"{what}: {containers:,} objects and arrays, more than such a file can sensibly have")
+    items = data.count(b",") + containers
+    if items > MAX_JSON_ITEMS:
+        raise InputError(f"{what}: {items:,} items, more than such a file can sensibly have")
+    if len(data) > MAX_JSON_WIDE_BYTES and not data.isascii():
+        raise InputError(f"{what}: {len(data):,} bytes that are not all ASCII, more than such a file can sensibly have")
 
 
 def json_type(value: object) -> str:

@@ -173,15 +173,15 @@ def _widened(extra: bytes, fields: list[tuple[int, int]], entry: str) -> list[in
 
 
 def _zip64_field(extra: bytes, entry: str) -> bytes:
-    found = b""
+    found = None
     while extra:
         kind, length = struct.unpack("<2H", extra[:4]) if len(extra) >= 4 else (0, _FULL16)
-        if length > len(extra) - 4 or (kind == _ZIP64_FIELD and found):
+        if length > len(extra) - 4 or (kind == _ZIP64_FIELD and found is not None):
             raise InputError(f"{entry}: its extra fields are broken", SAVE_HINT)
         if kind == _ZIP64_FIELD:
             found = extra[4 : 4 + length]
         extra = extra[4 + length :]
-    return found
+    return found or b""
 
 
 def _local(file: BinaryIO, header: _Header, position: int, limit: int, where: str) -> tuple[ZipEntry, int]:

@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "l4convert.cli.plan",
     "convert": "l4convert.cli.convert",
     "validate": "l4convert.cli.validate",
+    "optimize": "l4convert.cli.optimize",
     "build": "l4convert.cli.build",
     "generate": "l4convert.cli.generate",
     "bench": "l4convert.cli.bench",

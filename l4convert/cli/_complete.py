@@ -35,6 +35,11 @@ def hardware_names(_ctx: click.Context, _param: click.Parameter, incomplete: str
     return found or [CompletionItem(incomplete, type="file")]
 
 
+def folders(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer folders."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 def sm_numbers(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the compute capabilities that kernels can be compiled for."""
     from l4convert.plugins.library.variants import KNOWN_SMS

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from l4convert.cli._complete import recipe_names, target_names
+from l4convert.cli._complete import folders, recipe_names, target_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +35,12 @@ Types of keys and values (their scales are found on a text: `convert --calibrati
 """
 
 
+def adapter_option(text: str) -> Callable[[F], F]:
+    """The option ``--adapter``, as ``adapters``."""
+    return click.option("--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
+                        shell_complete=folders, help=text)  # fmt: skip
+
+
 def conversion_options(function: F) -> F:
     """Decorator: target, recipe, block size, form and type of the cache, compute type, sharing."""
     options = [
@@ -54,6 +61,7 @@ def conversion_options(function: F) -> F:
                      help="Layers in which they are: all, or those that see the whole context.  [default: all]"),
         click.option("--compute", type=click.Choice(["float32", "bfloat16", "float16"]),
                      help="Type of activations and caches.  [default: the target's first]"),
+        adapter_option("Merge the LoRA adapter in DIR (as PEFT saves it); may be repeated: merged in order."),
         click.option("--share-weights", is_flag=True,
                      help="Leave weights that need no change in the checkpoint's own files; OUT gets links to them."),
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from l4convert.cli._adapters import manifest_rows
 from l4convert.cli._inspect_checkpoint import layer_rows
 from l4convert.cli._render import count, fields, size, table
 from l4convert.emit import read_manifest
@@ -17,6 +18,7 @@ from l4convert.emit.write import MODEL_FILE
 from l4convert.engine.network import PACKED_SCALE, codes_a_word
 from l4convert.errors import InputError
 from l4convert.runtime import ArtifactInfo, read_artifact
+from l4convert.runtime.manifest import is_foreign
 
 # Inputs that hold quantized weights, and those that hold their scales and zero points, by operator (ONNX and ONNX
 # Runtime's ContribOperators.md). Packed operators keep two 4-bit weights a byte.
@@ -27,18 +29,17 @@ _PACKED = {"MatMulNBits", "QMoE"}
 
 def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
     """The artifact as JSON fields and as text; ``tensors`` adds a row for each weight to both."""
-    manifest, info = read_manifest(path), read_artifact(path)
+    manifest = read_manifest(path)
+    info = None if is_foreign(manifest) else read_artifact(path)
     model = _load(path / MODEL_FILE)
     weights = [(t.name, onnx.TensorProto.DataType.Name(t.data_type), list(t.dims), _nbytes(t)) for t in _stored(model)]
     operators = Counter(_operator(node) for node in _nodes(model))
     payload: dict[str, Any] = {
         "kind": "artifact",
         "path": str(path),
-        "target": info.target,
-        "recipe": info.recipe,
-        "kv_cache": info.kv_cache,
-        "kv_scheme": None if info.kv_scheme is None else info.kv_scheme.to_dict(),
+        **_kind(manifest, info),
         "calibration": manifest.get("calibration"),
+        "adapters": manifest.get("adapters", []),
         "tool": manifest.get("tool"),
         "libraries": manifest.get("libraries"),
         "passes": manifest.get("passes"),
@@ -51,7 +52,7 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "bytes_by_dtype": _by_dtype(weights),
         "quantized_share": quantized_share(model),
     }
-    rows = [*_kv_rows(info, manifest), *layer_rows(info.config)]
+    rows = [] if info is None else [*manifest_rows(manifest), *_kv_rows(info, manifest), *layer_rows(info.config)]
     text = [
         _summary(payload, rows),
         _files(payload),
@@ -63,6 +64,16 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         payload["tensors"] = [{"name": n, "dtype": d, "shape": s, "bytes": b} for n, d, s, b in weights]
         text.append(table(["tensor", "dtype", "shape", "bytes"], weights, right=[3]))
     return payload, "\n\n".join(text)
+
+
+def _kind(manifest: dict[str, Any], info: ArtifactInfo | None) -> dict[str, Any]:
+    """What the artifact is for; one made of somebody else's model has caches as its exporter made them."""
+    if info is None:
+        recipe = manifest.get("recipe")
+        name = recipe.get("name") if isinstance(recipe, dict) else None
+        return {"target": manifest.get("target"), "recipe": name, "kv_cache": "as exported", "kv_scheme": None}
+    scheme = None if info.kv_scheme is None else info.kv_scheme.to_dict()
+    return {"target": info.target, "recipe": info.recipe, "kv_cache": info.kv_cache, "kv_scheme": scheme}
 
 
 def quantized_share(model: onnx.ModelProto) -> float:

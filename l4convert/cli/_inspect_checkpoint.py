@@ -12,14 +12,18 @@ from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.parameters import parameter_counts
 from l4convert.checkpoint.prequantized import quantized_parts, stored_bytes
+from l4convert.checkpoint.traffic import TRAFFIC, Traffic
+from l4convert.cli._network import network_payload, network_rows
 from l4convert.cli._render import count, fields, ranges, size, table
 
 
 def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
     """The checkpoint as JSON fields and as text; ``tensors`` adds a row for each tensor to both."""
+    before = TRAFFIC.now()
     checkpoint = open_checkpoint(path)
-    payload = _payload(checkpoint)
-    text = [_summary(checkpoint, payload), _bytes_table(payload["bytes_by_dtype"])]
+    traffic = None if checkpoint.hub is None else TRAFFIC.now() - before
+    payload = _payload(checkpoint) | {"network": network_payload(traffic)}
+    text = [_summary(checkpoint, payload, traffic), _bytes_table(payload["bytes_by_dtype"])]
     if tensors:
         rows = [(name, _stored_type(t), list(t.dims), stored_bytes(t)) for name, t in checkpoint.tensors.items()]
         payload["tensors"] = [
@@ -37,6 +41,7 @@ def _payload(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
+        "hub": None if checkpoint.hub is None else dataclasses.asdict(checkpoint.hub),
         "format": checkpoint.format,
         "experts": checkpoint.experts,
         "quantization": checkpoint.quantization,
@@ -55,7 +60,7 @@ def _stored_type(tensor: LazyTensor) -> str:
     return (tensor if part is None else part.values).dtype.name
 
 
-def _summary(checkpoint: Checkpoint, payload: dict[str, Any]) -> str:
+def _summary(checkpoint: Checkpoint, payload: dict[str, Any], traffic: Traffic | None) -> str:
     config = checkpoint.config
     scaling = config.rope_scaling
     rope = f"theta {config.rope_theta:g}" + (", unscaled" if scaling is None else f", scaled by {scaling.factor:g}")
@@ -63,7 +68,7 @@ def _summary(checkpoint: Checkpoint, payload: dict[str, Any]) -> str:
     experts = f"{config.num_local_experts} of width {config.intermediate_size}, top {config.num_experts_per_tok}"
     return fields(
         [
-            ("checkpoint", checkpoint.path),
+            ("checkpoint", checkpoint.title),
             ("format", f"{checkpoint.format}, experts {checkpoint.experts}"),
             *([] if checkpoint.quantization is None else [("quantized", checkpoint.quantization)]),
             ("parameters", f"{count(payload['parameters'])} ({active})"),
@@ -75,6 +80,7 @@ def _summary(checkpoint: Checkpoint, payload: dict[str, Any]) -> str:
             ("experts", f"{experts}, and a shared one"),
             ("vocabulary", f"{config.vocab_size:,}" + (", tied head" if config.tie_word_embeddings else "")),
             ("positions", f"{config.max_position_embeddings:,}"),
+            *network_rows(traffic),
         ]
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from l4convert.cli._adapters import adapter_rows, adapters_payload
+from l4convert.cli._network import network_payload, network_rows
 from l4convert.cli._passes import notes_lines, passes_payload, passes_text
 from l4convert.cli._plan_serving import serving_payload, serving_text
 from l4convert.cli._render import count, fields, size, table
@@ -37,6 +39,7 @@ def plan_payload(plan: ConversionPlan) -> dict[str, Any]:
         "output": None if plan.output is None else str(plan.output),
         "target": plan.target,
         "recipe": plan.recipe,
+        "adapters": adapters_payload(plan.adapters),
         "kv_cache": plan.kv_cache,
         "compute": plan.compute,
         "bytes": plan.bytes,
@@ -60,6 +63,7 @@ def plan_payload(plan: ConversionPlan) -> dict[str, Any]:
             "method": METHOD,
         },
         "time": None if plan.time is None else _time_payload(plan.time),
+        "network": network_payload(plan.traffic),
         "serving": None if plan.serving is None else serving_payload(plan.serving),
         "passes": passes_payload(plan.passes),
         "tensors": [dataclasses.asdict(row) for row in plan.table],
@@ -111,6 +115,7 @@ def _summary(plan: ConversionPlan) -> str:
             ("would write", plan.output or "(no --output)"),
             ("target", plan.target),
             ("recipe", plan.recipe),
+            *adapter_rows(plan.adapters),
             ("KV cache", plan.kv_cache),
             ("computes in", plan.compute),
             ("size", f"{size(plan.bytes)} in {plan.tensors:,} tensors"),
@@ -118,6 +123,7 @@ def _summary(plan: ConversionPlan) -> str:
             ("disk", _disk(plan)),
             ("memory", f"{size(memory.peak)} expected: {size(memory.process)} program and graph, {tiles}"),
             ("time", _time(plan)),
+            *network_rows(plan.traffic),
         ]
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from l4convert.cli._network import local_folder
 from l4convert.cli._render import fields, size, table
 from l4convert.cli._running import running_options
 from l4convert.cli._settings import global_options, settings_of
@@ -81,7 +82,7 @@ def command(
     options = BenchOptions(
         artifact=artifact,
         contexts=context,
-        reference=reference,
+        reference=None if reference is None else local_folder(reference, settings),
         reference_dtype=reference_dtype,
         decode_tokens=decode_tokens,
         threads=threads,

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from l4convert.checkpoint.text import address_text
 from l4convert.cli import _conversion
+from l4convert.cli._adapters import adapter_rows, adapters_payload
 from l4convert.cli._conversion import conversion_options
+from l4convert.cli._network import network_payload, network_rows
 from l4convert.cli._passes import passes_payload, passes_text
 from l4convert.cli._render import fields, size
 from l4convert.cli._settings import Settings, global_options, settings_of
@@ -23,6 +26,8 @@ Examples:
   l4convert convert Llama-4-Scout --output scout-int4
   l4convert convert Llama-4-Scout --output scout-fp8 --recipe fp8 --target portable
   l4convert convert Llama-4-Scout --output scout-int4 --dry-run        what would be written, and how large
+  l4convert convert Llama-4-Scout --output scout-tuned --adapter my-lora
+  l4convert convert hf://org/Llama-4-Scout --output scout-int4         from the Hugging Face Hub, without a copy of it
   l4convert convert Llama-4-Scout --output scout-kv8 --kv-dtype int8 --calibration notes.txt
 """
 
@@ -48,7 +53,7 @@ Examples:
 @global_options
 @click.pass_context
 def command(ctx: click.Context, /, *, dry_run: bool, **values: Any) -> None:
-    """Convert the checkpoint in folder CKPT into an ONNX artifact.
+    """Convert the checkpoint in folder CKPT, or at hf://org/name[@revision], into an ONNX artifact.
 
     Everything is checked before anything is written, and OUT appears only when it is complete. After a run that was
     killed, interrupted or stopped by a full disk, the same command goes on where it ended.
@@ -74,6 +79,7 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "recipe": result.recipe,
         "kv_cache": result.kv_cache,
         "kv_scheme": None if result.kv_scheme is None else result.kv_scheme.to_dict(),
+        "adapters": adapters_payload(result.adapters),
         "calibration": None if result.calibration is None else result.calibration.to_dict(),
         "compute": result.compute,
         "passes": passes_payload(result.passes),
@@ -81,6 +87,7 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
         "tensors": result.tensors,
         "shared": None if result.sharing is None else sharing_payload(result.sharing),
         "machines": result.machines,
+        "network": network_payload(result.traffic),
         "resumed_bytes": result.resumed_bytes,
         "seconds": round(result.seconds, 3),
     }
@@ -96,14 +103,17 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
             *([("resumed", f"{size(result.resumed_bytes)} written by an earlier run")] if result.resumed_bytes else []),
             *([("machines", result.machines)] if options.cluster else []),
             ("time", f"{result.seconds:.1f} s"),
+            *network_rows(result.traffic),
             ("target", result.target),
             ("recipe", result.recipe),
+            *adapter_rows(result.adapters),
             ("KV cache", result.kv_cache),
             *_kv_rows(result),
             ("computes in", result.compute),
         ]
     )
-    following = f"Next: l4convert validate {result.output} --reference {options.checkpoint}"
+    following = f"Next: l4convert validate {result.output} --reference {address_text(options.checkpoint)}"
+    following += "".join(f" --adapter {folder}" for folder in options.adapters)
     return "\n\n".join([summary, passes_text(result.passes, settings.verbose), following])
 
 

@@ -18,7 +18,7 @@ Examples:
 @global_options
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """List the graph passes in the order in which `convert` runs them."""
+    """List the graph passes in the order in which `convert` runs them, then those that `optimize` runs before these."""
     from l4convert.graph_passes import PASSES
 
     rows = [(number, item.name, item.summary) for number, item in enumerate(PASSES, 1)]

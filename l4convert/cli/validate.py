@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from l4convert.cli._conversion import adapter_option
+from l4convert.cli._network import local_folder
 from l4convert.cli._running import running_options
 from l4convert.cli._settings import global_options, settings_of
 from l4convert.cli._text import read_text
@@ -26,6 +28,7 @@ Examples:
   l4convert validate scout-int4 --reference Llama-4-Scout --text sample.txt --policy strict.toml --junit parity.xml
   l4convert validate scout-rtx --engine rtx-5090 --reference Llama-4-Scout --text sample.txt
   l4convert validate scout-int4 --reference Llama-4-Scout --text book.txt --window 100000
+  l4convert validate scout-tuned --reference Llama-4-Scout --adapter my-lora --text sample.txt
   l4convert validate scout-int4 --reference Llama-4-Scout --json > parity.json
 
 \b
@@ -38,7 +41,8 @@ Exit code 0 when every threshold of the policy holds; 4 when one does not, or no
 @click.command("validate", epilog=EPILOG)
 @click.argument("artifact", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, type=click.Path(path_type=Path), metavar="CKPT",
-              help="The checkpoint that OUT was made from.")  # fmt: skip
+              help="The checkpoint that OUT was made from; one on the hub is downloaded into its cache.")  # fmt: skip
+@adapter_option("LoRA adapter that was merged into it (`convert --adapter`); may be repeated, in the same order.")
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to compare on (UTF-8).  [default: random tokens]")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(min=2), metavar="N",
@@ -70,6 +74,7 @@ def command(
     engine: str | None,
     provider: Provider | None,
     plugins: Path | None,
+    adapters: tuple[Path, ...],
 ) -> None:
     """Compare the artifact in folder OUT with the reference model, and hold it to a policy.
 
@@ -83,6 +88,7 @@ def command(
 
     settings = settings_of(ctx)
     info = read_artifact(artifact)
+    reference = local_folder(reference, settings)
     report = validate(
         artifact,
         reference,
@@ -94,6 +100,7 @@ def command(
         window=window,
         run_with=RunWith(engine, provider, plugins),
         exact_angles=exact_angles,
+        adapters=adapters,
     )
     settings.emit("validate", report.to_json(), _table(report), summary=report.passed)
     if junit is not None:

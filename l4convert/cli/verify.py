@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from l4convert.checkpoint.text import and_more
 from l4convert.cli._render import size
 from l4convert.cli._settings import global_options, settings_of
 from l4convert.errors import CheckFailed
@@ -34,8 +35,7 @@ def command(ctx: click.Context, artifact: Path) -> None:
     text = f"{artifact}: intact ({checked})" if report.ok else "\n".join(report.problems)
     settings.emit("verify", report.as_dict(), text, summary=report.ok)
     if not report.ok:
-        number = len(report.problems)
         raise CheckFailed(
-            f"{artifact}: not what was written: {number} problem{'s' if number > 1 else ''}",
+            f"{artifact}: not what was written: {report.problems[0]}{and_more(len(report.problems) - 1)}",
             "copy the artifact again from its source, or convert again",
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4convert.checkpoint.pages import PageBudget
+from l4convert.checkpoint.remote import streaming
 from l4convert.emit.blocks import Blocks, Done, NoRoomError, write_at
 from l4convert.emit.follow import Follower
 from l4convert.emit.jobs import largest_job, plan_jobs, total_jobs
@@ -119,11 +120,15 @@ def _threads(path: Path, descriptor: int, plan: WeightsPlan, journal: Journal | 
     share = share_memory(filling.memory_limit or default_limit(), largest_job(plan))
 
     def run(done: Callable[[Done], None]) -> None:
-        with contextlib.closing(PageBudget(share.pages)) as pages:
+        with contextlib.closing(PageBudget(share.pages)) as pages, streaming(filling.threads) as stream:
             blocks = Blocks(path.name, descriptor, pages)
             recorded: Callable[[int], bytes | None] = journal.digest if journal is not None else lambda _: None
             run_jobs(
-                plan_jobs(plan), lambda job: done(blocks.do(job, recorded(job.index))), filling.threads, share.jobs
+                plan_jobs(plan),
+                lambda job: done(blocks.do(job, recorded(job.index))),
+                filling.threads,
+                share.jobs,
+                stream.stop,
             )
 
     return run

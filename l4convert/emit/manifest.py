@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l4convert import __version__
+from l4convert.checkpoint.remote import known_etag, remote_file
 from l4convert.checkpoint.text import parse_object, quote, read_bytes
 from l4convert.emit.digest import file_digest
 from l4convert.emit.staging import MANIFEST_FILE, reported
@@ -22,6 +23,7 @@ from l4convert.errors import InputError
 from l4convert.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
+    from l4convert.checkpoint.adapters import AppliedAdapter
     from l4convert.emit.plan import PlannedTensor
 
 SCHEMA = "l4convert.manifest/1"
@@ -101,9 +103,11 @@ def source_digests(files: Sequence[Path], progress: Progress = NO_PROGRESS) -> d
     zip containers of torch.save keep a CRC-32 of every member. So another layout, dtype or sharding is noticed; a
     change of a large shard's weight bytes alone is not. Hashing everything would take longer than the conversion.
 
+    Of a large file on the hub, or in Hugging Face's cache, the SHA-256 that the hub gives for it is recorded too.
+
     Returns:
-        Path relative to the files' common folder -> ``bytes`` and one of ``sha256``, ``header_sha256``,
-        ``tail_sha256``.
+        Path relative to the files' common folder -> ``bytes`` and ``sha256``, ``header_sha256``, ``tail_sha256`` or
+        ``git_sha1``.
 
     Raises:
         InputError: A file cannot be read.
@@ -120,17 +124,59 @@ def source_digests(files: Sequence[Path], progress: Progress = NO_PROGRESS) -> d
     return digests
 
 
+def adapter_digests(adapter: AppliedAdapter) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of an adapter's files, whole whatever their size.
+
+    Two adapters of one training have the same header: nothing but the weights tells them apart.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    digests = {}
+    for path in adapter.files:
+        with reported(f"{path}: cannot be read"):
+            size, digest = file_digest(path)
+        digests[path.name] = {"bytes": size, "sha256": digest}
+    return digests
+
+
 def _source_digest(path: Path) -> dict[str, Any]:
+    if far := remote_file(path):
+        return _digest(far.size, path, far.etag, far.read)
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
         return {"bytes": size, "sha256": file_digest(path)[1]}
     with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            prefix = file.read(8)
-            text = file.read(min(int.from_bytes(prefix, "little"), WHOLE_BYTES))
-            return {"bytes": size, "header_sha256": hashlib.sha256(prefix + text).hexdigest()}
-        file.seek(size - _TAIL_BYTES)
-        return {"bytes": size, "tail_sha256": hashlib.sha256(file.read()).hexdigest()}
+
+        def read(start: int, stop: int) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        return _digest(size, path, known_etag(path), read)
+
+
+def _digest(size: int, path: Path, etag: str | None, read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """Of a file that is not hashed whole; the hub knows the SHA-256 of large files, and of others a Git object's."""
+    known = {} if etag is None else {"sha256" if len(etag) == 64 else "git_sha1": etag}
+    if size <= WHOLE_BYTES and "sha256" in known:
+        return {"bytes": size, **known}
+    if path.suffix == ".safetensors":
+        length = min(int.from_bytes(read(0, 8), "little"), WHOLE_BYTES)
+        return {"bytes": size, **known, "header_sha256": hashlib.sha256(read(0, 8 + length)).hexdigest()}
+    return {"bytes": size, **known, "tail_sha256": hashlib.sha256(read(max(0, size - _TAIL_BYTES), size)).hexdigest()}
+
+
+def same_sources(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two results of :func:`source_digests` can be of the same files.
+
+    One made from a server knows the whole file's digest where another knows the header's: what both know must agree.
+    """
+    return some.keys() == others.keys() and all(
+        isinstance(others[name], dict)
+        and isinstance(entry, dict)
+        and all(others[name][key] == entry[key] for key in entry.keys() & others[name].keys())
+        for name, entry in some.items()
+    )
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from l4convert import __version__
 from l4convert.checkpoint.pages import PageBudget
+from l4convert.checkpoint.remote import Streaming
 from l4convert.emit.blocks import Blocks, Done, NoRoomError
 from l4convert.emit.jobs import largest_job, plan_jobs
 from l4convert.emit.journal import work_of
@@ -138,9 +139,11 @@ class _Workplace:
         except BaseException:
             os.close(self._descriptor)
             raise
+        self._stream = Streaming(1)
         self.blocks = Blocks(run.weights.name, self._descriptor, self._pages)
 
     def close(self) -> None:
+        self._stream.close()
         self._pages.close()
         os.close(self._descriptor)
 

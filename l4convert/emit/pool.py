@@ -9,7 +9,17 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from l4convert.emit.jobs import Job
 
 
-def run_jobs(jobs: Iterator[Job], run: Callable[[Job], None], threads: int, memory: int) -> None:
+def _nothing() -> None:
+    """Nothing waits for anything but jobs."""
+
+
+def run_jobs(
+    jobs: Iterator[Job],
+    run: Callable[[Job], None],
+    threads: int,
+    memory: int,
+    on_stop: Callable[[], None] = _nothing,
+) -> None:
     """Run every job once; they begin in order and at most ``threads`` run at a time.
 
     Args:
@@ -17,6 +27,7 @@ def run_jobs(jobs: Iterator[Job], run: Callable[[Job], None], threads: int, memo
         run: Called in a worker thread.
         threads: At least 1.
         memory: What running jobs may together estimate; a job larger than that runs alone.
+        on_stop: Called when no job is to begin any more, so that those which wait for something else end soon.
 
     Raises:
         Exception: The first that ``run`` raised; jobs that had begun are finished first, no other begins.
@@ -29,6 +40,7 @@ def run_jobs(jobs: Iterator[Job], run: Callable[[Job], None], threads: int, memo
             done, _ = wait(workers, return_when=FIRST_EXCEPTION)
         finally:
             pool.stop()
+            on_stop()  # not before: the first error is to be the one that is told
         for worker in done:
             worker.result()
 

@@ -11,7 +11,7 @@ from l4convert.emit.jobs import total_jobs
 from l4convert.emit.journal import Journal, Recorded, changed_facts, read_journal
 from l4convert.emit.plan import WEIGHTS_FILE, WeightsPlan
 from l4convert.emit.staging import Staging, allocated_bytes, reported, sync
-from l4convert.errors import BackendMissing, ClusterError, InputError, L4Error, UsageError
+from l4convert.errors import BackendMissing, ClusterError, InputError, L4Error, RemoteError, UsageError
 
 AGAIN = "run the same command again: it goes on from what is written"
 _MAX_NAMED = 3
@@ -47,11 +47,12 @@ def open_journal(staging: Staging, plan: WeightsPlan, facts: Mapping[str, Any], 
 
 @contextmanager
 def continued(staging: Staging, journal: Journal) -> Iterator[None]:
-    """Keep what was written when the block fails for a reason that can pass: a disk, memory, a machine, a user."""
+    """Keep what was written when the block fails for a reason that can pass: disk, memory, machine, network, user."""
     try:
         yield
     except BaseException as error:
-        passing = isinstance(error, UsageError | BackendMissing | ClusterError) or not isinstance(error, L4Error)
+        known = UsageError | BackendMissing | ClusterError | RemoteError
+        passing = isinstance(error, known) or not isinstance(error, L4Error)
         passing = passing or isinstance(error.__cause__, OSError)
         staging.keep = staging.folder.exists() and journal.committed > 0 and passing
         if staging.keep and isinstance(error, L4Error):

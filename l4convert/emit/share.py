@@ -111,6 +111,8 @@ def _why_written(tensor: ir.TensorProtocol) -> str | None:
     """Why a tensor cannot be shared, whatever else its file holds."""
     if isinstance(tensor, Stored) and tensor.file.suffix != ".safetensors":
         return "not in a safetensors file"
+    if isinstance(tensor, Stored) and tensor.remote is not None:
+        return "on the hub"
     if isinstance(tensor, Stored):
         aligned = tensor.offset % tensor.dtype.numpy().itemsize == 0
         return None if aligned else "not aligned"

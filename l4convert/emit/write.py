@@ -46,6 +46,7 @@ def write_artifact(
     share_weights: bool = False,
     progress: Progress = NO_PROGRESS,
     checkpoint: Path | None = None,
+    keep_clear_of: Sequence[Path] = (),
     sources: Sequence[Path] = (),
     filling: Filling | None = None,
     on_resumed: Callable[[int], None] | None = None,
@@ -66,6 +67,7 @@ def write_artifact(
         share_weights: Leave weights that need no change in the checkpoint's own files, which are linked, not copied.
         progress: Told of every byte of the weights file.
         checkpoint: The source folder, outside which ``out`` must lie; default: the sidecars' folders.
+        keep_clear_of: Further folders outside of which ``out`` must lie.
         sources: Files that the weights come from; if one changed, what an earlier run left is not continued.
         filling: Threads and memory, and whether to discard what an earlier run left.
         on_resumed: Called at the end with how many bytes of weights an earlier run had written.
@@ -84,7 +86,7 @@ def write_artifact(
     """
     out = Path(os.path.realpath(out))
     folders = [path.parent for path in sidecars] if checkpoint is None else [checkpoint]
-    check_destination(out, overwrite, list(dict.fromkeys(folders)))
+    check_destination(out, overwrite, list(dict.fromkeys([*folders, *keep_clear_of])))
     plan = plan_weights(model, share_weights)
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in (extra_files or {}).items()}
     copies = {path.name: path for path in sidecars if path.name not in contents}

@@ -46,6 +46,6 @@ def _first_float(graph: ir.Graph) -> ir.DataType | None:
     return next((value.dtype for value in graph.inputs if value.dtype in COMPUTE_TYPES.values()), None)
 
 
-def record_compute_type(graph: ir.Graph) -> None:
-    """Write down :func:`compute_type`, for when no cache tells it any more."""
-    graph.metadata_props[_RECORD] = compute_type(graph)
+def record_compute_type(graph: ir.Graph, compute: ComputeType | None = None) -> None:
+    """Write down :func:`compute_type`, or what is given, for when no cache tells it (any more)."""
+    graph.metadata_props[_RECORD] = compute or compute_type(graph)

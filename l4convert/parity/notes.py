@@ -9,7 +9,8 @@ import numpy as np
 
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.config import DecoderConfig
-from l4convert.emit import read_manifest, source_digests
+from l4convert.emit import adapter_digests, read_manifest, source_digests
+from l4convert.emit.manifest import same_sources
 from l4convert.frontend.rope import inverse_frequencies
 from l4convert.parity.in_steps import InSteps
 from l4convert.parity.meta_reference import MetaReference
@@ -117,5 +118,19 @@ def source_notes(artifact: Path, checkpoint: Checkpoint) -> Iterator[str]:
     recorded = (
         {name: entry for name, entry in files.items() if name.endswith(_WEIGHTS)} if isinstance(files, dict) else {}
     )
-    if recorded and recorded != source_digests([file for file in checkpoint.files if file.name.endswith(_WEIGHTS)]):
+    found = source_digests([file for file in checkpoint.files if file.name.endswith(_WEIGHTS)])
+    if recorded and not same_sources(recorded, found):
         yield "The reference's weight files are not those that the artifact was made from: their digests differ."
+    yield from _adapter_notes(artifact, checkpoint)
+
+
+def _adapter_notes(artifact: Path, checkpoint: Checkpoint) -> Iterator[str]:
+    """A remark where other adapters were merged into the reference than into the artifact."""
+    entries = read_manifest(artifact).get("adapters", [])
+    recorded = [entry.get("files") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    if recorded != [adapter_digests(adapter) for adapter in checkpoint.adapters]:
+        ours, theirs = len(recorded), len(checkpoint.adapters)
+        yield (
+            f"The adapters merged into the reference ({theirs}) are not those merged into the artifact ({ours}): "
+            "give the same ones with --adapter, in the same order."
+        )

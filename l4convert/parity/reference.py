@@ -17,6 +17,7 @@ import numpy as np
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.checkpoint.hf_config import QUANTIZATION_KEYS
 from l4convert.errors import InputError, L4Error, backend_missing
+from l4convert.parity.reference_adapters import merge_with_peft
 from l4convert.parity.reference_weights import state_dict
 from l4convert.runtime.runner import FloatArray, IntArray, Runner, check_step
 
@@ -71,7 +72,8 @@ class TransformersReference:
         import transformers
 
         angles = ", angles in float64" if self.exact_angles else ""
-        return f"transformers {transformers.__version__} eager float32{angles}, {self.checkpoint.path.name}"
+        merged = "".join(f", adapter {adapter.path.name} merged by peft" for adapter in self.checkpoint.adapters)
+        return f"transformers {transformers.__version__} eager float32{angles}, {self.checkpoint.name}{merged}"
 
     def logits(self, ids: IntArray) -> FloatArray:
         """Logits [tokens, vocabulary] of one text [tokens]: one forward pass, no cache, no padding."""
@@ -215,7 +217,7 @@ def _load(checkpoint: Checkpoint, dtype: str, attention: str | None) -> Any:
     missing = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
     if missing:
         raise InputError(f"{checkpoint.path}: transformers finds no weight for {min(missing)}")
-    return model.eval()
+    return merge_with_peft(model.eval(), checkpoint)
 
 
 def _use_exact_angles(rotary: Any) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from l4convert.checkpoint import Checkpoint
+from l4convert.checkpoint.hf import MODELOPT
 from l4convert.checkpoint.hf_config import QUANTIZATION_KEYS
 from l4convert.errors import InputError, backend_missing
+from l4convert.parity.reference_floats import decompress_fbgemm, decompress_modelopt, decompress_nvfp4
 from l4convert.runtime.manifest import read_json
 
 State = dict[str, Any]
@@ -40,12 +42,12 @@ def state_dict(checkpoint: Checkpoint) -> State | None:
 
 
 def quantization_config(path: Path) -> Mapping[str, Any]:
-    """The object of config.json that says how weights are quantized."""
+    """The object of config.json that says how weights are quantized, or what ModelOpt says beside it."""
     values = read_json(path / "config.json")
     parts = (values, values.get("text_config") or {})
     found = (part[key] for part in parts for key in QUANTIZATION_KEYS if part.get(key))
-    config: Mapping[str, Any] = next(found, {})
-    return config
+    config: Mapping[str, Any] | None = next(found, None)
+    return {"quant_method": "modelopt"} if config is None and (path / MODELOPT).exists() else config or {}
 
 
 def decompress_compressed_tensors(state: State, config: Mapping[str, Any]) -> State:
@@ -62,6 +64,9 @@ def decompress_compressed_tensors(state: State, config: Mapping[str, Any]) -> St
         schemes = whole.config_groups.values()
         scheme = next(s for s in schemes if any(t == "Linear" or match_name(module, t) for t in s.targets))
         compressor: Any = BaseCompressor.get_value_from_registry(scheme.format or whole.format)
+        if "weight_global_scale" in tensors:
+            result[f"{module}.weight"] = decompress_nvfp4(tensors, scheme)
+            continue
         order = tensors.pop("weight_g_idx", None)
         if "weight_scale" in tensors:
             tensors["weight_scale"] = tensors["weight_scale"].float()
@@ -75,6 +80,9 @@ def decompress_compressed_tensors(state: State, config: Mapping[str, Any]) -> St
 # Value of ``quant_method`` -> a function of a state dict and that object of config.json.
 DECOMPRESSORS: Mapping[str, Callable[[State, Mapping[str, Any]], State]] = {
     "compressed-tensors": decompress_compressed_tensors,
+    "fbgemm_fp8": decompress_fbgemm,
+    "modelopt": decompress_modelopt,
+    "modelopt_fp4": decompress_modelopt,
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.checkpoint.text import is_address
 from l4convert.errors import InputError, UsageError
 from l4convert.parity.by_length import TextComparison
 from l4convert.parity.notes import (
@@ -57,6 +58,7 @@ def validate(
     threads: int | None = None,
     run_with: RunWith = ON_CPU,
     exact_angles: bool = False,
+    adapters: Sequence[Path] = (),
 ) -> ParityReport:
     """Measure an artifact against transformers on the checkpoint it was made from, and judge it by a policy.
 
@@ -66,7 +68,7 @@ def validate(
 
     Args:
         artifact: The folder that ``convert`` wrote.
-        reference: The checkpoint's folder.
+        reference: The checkpoint's folder, or its address; then it is downloaded into huggingface_hub's cache.
         text: What to run on; None: random tokens, which prove equality but say little about quality.
         text_name: What to call it in the report.
         policy: Thresholds; default: the bundled ones of the artifact's recipe.
@@ -77,6 +79,7 @@ def validate(
         threads: For ONNX Runtime.
         run_with: What runs the artifact.
         exact_angles: Have the reference multiply RoPE's angles in float64, so that it is right at far positions too.
+        adapters: Folders of the LoRA adapters that were merged, for the reference to merge them too.
 
     Returns:
         A report; look at its ``passed``.
@@ -87,6 +90,10 @@ def validate(
         BackendMissing: torch, transformers or what is to run the artifact is not installed, or there is no GPU.
     """
     info = read_artifact(artifact)
+    if is_address(reference):
+        from l4convert.checkpoint.hub import local_checkpoint
+
+        reference = local_checkpoint(reference, progress)  # transformers reads whole files
     limit = info.config.max_position_embeddings
     tokens = max(DEFAULT_TOKENS, window) if tokens is None else tokens
     if not 2 <= window <= limit or tokens < 2:
@@ -100,7 +107,7 @@ def validate(
     )
     windows, used = prepare_text(info, text, tokens, window, text_name)
     with progress.task("Loading the reference", total=1, unit="models") as task:
-        model = open_reference(reference, exact_angles=exact_angles)
+        model = open_reference(reference, exact_angles=exact_angles, adapters=adapters)
         task.advance(1)
     with model, run_with.open(artifact, max_length=window, threads=threads) as session:
         _check_same_model(info.config, model.checkpoint.config, artifact, reference)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.adapters import Merged, is_merged
 from l4convert.checkpoint.lazy import TILE_ELEMENTS, Constant, Derived, LazyTensor
 from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.emit.jobs import group_jobs
@@ -88,12 +89,15 @@ def noise_tensors(shapes: Mapping[str, Sequence[int]], dtype: ir.DataType) -> di
 
 
 def noise_like(tensor: LazyTensor, plain: LazyTensor) -> LazyTensor:
-    """Random content for a weight, stored as ``tensor`` is: quantized with the same kind of codes and scales, or not.
+    """Random content for a weight, stored as ``tensor`` is: quantized with the same kind of codes and scales, or not,
+    and with as much to merge.
 
     Args:
         tensor: Of a checkpoint.
         plain: Random content that is not quantized, for where ``tensor`` is not.
     """
+    if isinstance(tensor, Merged):
+        return tensor.alike(noise_like(tensor.base, plain), lambda part: noise_tensors({"": part.dims}, part.dtype)[""])
     if next(quantized_parts(tensor), None) is None:
         return plain
     return _with_noise(tensor, np.random.default_rng(0).bytes(TILE_ELEMENTS))
@@ -151,7 +155,8 @@ def _by_work(plan: WeightsPlan, recipe: Recipe) -> dict[str, int]:
 def _work(group: Sequence[PlannedTensor], recipe: Recipe) -> str:
     """What is done to a group: its scheme, told apart where scales are computed without their values."""
     kind, scheme = classify(group[0], recipe)
-    return f"{scheme} scales" if kind == SCALES else scheme
+    merged = " of merged weights" if any(is_merged(planned.tensor) for planned in group) else ""
+    return (f"{scheme} scales" if kind == SCALES else scheme) + merged
 
 
 def _rate(group: tuple[PlannedTensor, ...], descriptor: int, budget: float) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from l4convert.checkpoint.adapters import AppliedAdapter
+from l4convert.checkpoint.traffic import Traffic
 from l4convert.emit.plan import WEIGHTS_FILE
 from l4convert.graph_passes import PassReport
 from l4convert.planning.disk import DiskPlan
@@ -22,7 +24,7 @@ class ConversionPlan:
     """What would be written, and what that takes.
 
     Attributes:
-        source: The checkpoint's folder, or ``preset`` and its name.
+        source: The checkpoint's folder or address, or ``preset`` and its name.
         parameters, active_parameters: Of the checkpoint: all of them, and those that work on one token.
         source_bytes: Bytes of the checkpoint's tensors.
         output: The folder to be made, where one was named.
@@ -30,8 +32,10 @@ class ConversionPlan:
         table: Every weight of the artifact.
         files: File name to bytes, of all files but the manifest, which holds digests of the others.
         sharing: What stays in files of the checkpoint, where that was asked for; those are not among ``files``.
+        adapters: What would be merged into the checkpoint's weights.
         time: None where it was not measured.
         serving: The artifact in use, where hardware or a context was named.
+        traffic: What came over the network for the plan, where the checkpoint is on the hub.
     """
 
     source: str
@@ -51,6 +55,8 @@ class ConversionPlan:
     memory: MemoryPlan
     time: TimePlan | None
     serving: ServingPlan | None = None
+    adapters: tuple[AppliedAdapter, ...] = ()
+    traffic: Traffic | None = None
 
     @cached_property
     def bytes(self) -> int:

@@ -38,6 +38,13 @@ struct Matrix {
     int64_t rows, columns, stride;
 };
 
+/* left [rows][ranks] and right [ranks][columns], and room for ranks times PACKED_COLUMNS. */
+struct Lowrank {
+    const double *left, *right;
+    int64_t rows, columns, ranks;
+    double *packed;
+};
+
 static inline __attribute__((always_inline)) float scalar(const uint8_t *from, int bf16)
 {
     float x;
@@ -99,37 +106,42 @@ static inline __attribute__((always_inline)) void transpose_four(float *to, cons
 #undef LANES
 #undef DOT
 #undef PRODUCT
+#undef FUSED
 
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2")))
+#define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define DOT(a, b) ((Ints)_mm256_madd_epi16((__m256i)(a), (__m256i)(b)))
 #define PRODUCT(a, b) ((Ints)_mm256_mulhrs_epi16((__m256i)(a), (__m256i)(b)))
+#define FUSED(a, b, c) ((Doubles)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
 #include "native_lanes.h"
 #undef NAME
 #undef TARGET
 #undef LANES
 #undef DOT
 #undef PRODUCT
+#undef FUSED
 
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define LANES 16
 #define DOT(a, b) ((Ints)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
 #define PRODUCT(a, b) ((Ints)_mm512_mulhrs_epi16((__m512i)(a), (__m512i)(b)))
+#define FUSED(a, b, c) ((Doubles)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
 #include "native_lanes.h"
 #undef NAME
 #undef TARGET
 #undef LANES
 #undef DOT
 #undef PRODUCT
+#undef FUSED
 
 #define SELECT(f, ...)                                                                                                 \
     (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                          \
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")                                  \
          ? f##_avx512(__VA_ARGS__)                                                                                     \
-     : level >= 1 && __builtin_cpu_supports("avx2") ? f##_avx2(__VA_ARGS__)                                            \
-                                                    : f##_sse2(__VA_ARGS__))
+     : level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? f##_avx2(__VA_ARGS__)           \
+                                                                                     : f##_sse2(__VA_ARGS__))
 #else
 #define NAME(x) x##_any
 #define TARGET
@@ -172,6 +184,13 @@ EXPORT int l4_fp8(const uint8_t *data, int64_t rows, int64_t columns, int64_t st
     return SELECT(fp8, &matrix, bf16, by_column, scales, out);
 }
 
+EXPORT void l4_lowrank(float *total, int64_t stride, const double *left, const double *right, int64_t rows,
+                       int64_t columns, int64_t ranks, double scale, double *packed, int level)
+{
+    Lowrank update = {left, right, rows, columns, ranks, packed};
+    (void)SELECT(lowrank, &update, scale, total, stride);
+}
+
 /* Groups of 64 codes, two a byte: slot s of a group takes code order[s]. Bytes are unpacked first: a look-up each. */
 EXPORT void l4_reorder(const uint8_t *from, uint8_t *to, int64_t groups, const uint8_t *order)
 {
@@ -187,4 +206,4 @@ EXPORT void l4_reorder(const uint8_t *from, uint8_t *to, int64_t groups, const u
 }
 
 /* Counts changes of this interface and of the results; native.py refuses a library of another count. */
-EXPORT int l4_interface(void) { return 3; }
+EXPORT int l4_interface(void) { return 4; }

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-_INTERFACE = 3
+_INTERFACE = 4
 
 # The highest instruction set to use (x86-64: 0 SSE2, 1 AVX2, 2 AVX-512), where the machine has it.
 _LEVEL = 2
@@ -25,6 +25,7 @@ _SIGNATURES = {
     "l4_int4": [_ADDRESS, *4 * [_SIZE], *5 * [_INT], _ADDRESS, _ADDRESS],
     "l4_magnitudes": [_ADDRESS, *3 * [_SIZE], *3 * [_INT], _ADDRESS],
     "l4_reorder": [_ADDRESS, _ADDRESS, _SIZE, _ADDRESS],
+    "l4_lowrank": [_ADDRESS, _SIZE, *2 * [_ADDRESS], *3 * [_SIZE], ctypes.c_double, _ADDRESS, _INT],
     "l4_fp8": [_ADDRESS, *3 * [_SIZE], *3 * [_INT], _ADDRESS, _ADDRESS],
 }
 
@@ -124,6 +125,40 @@ def fp8(weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
         values.ctypes.data,
     )
     return values.T if by_column else values
+
+
+# Columns that are worked on together, at most (native_lowrank.h, COLUMNS).
+_PACKED_COLUMNS = 32
+
+
+def add_low_rank(total: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:
+    """Add a scaled product of factors, as :func:`.lowrank.add_low_rank`.
+
+    Args:
+        total: float32 [N, M] with contiguous rows; changed in place.
+        left: float64 [N, r], C order.
+        right: float64 [r, M], C order.
+        scale: Of the product.
+    """
+    assert _library is not None
+    (rows, ranks), columns = left.shape, right.shape[1]
+    if not all(factor.flags.c_contiguous and factor.dtype == np.float64 for factor in (left, right)):
+        raise ValueError("factors must be float64 in C order")
+    if total.shape != (rows, columns) or right.shape[0] != ranks or total.dtype != np.float32:
+        raise ValueError(f"no product of {left.shape} and {right.shape} in {total.dtype} {total.shape}")
+    if columns > 1 and total.strides[1] != total.itemsize:
+        raise ValueError("rows must be contiguous")
+    packed = np.empty(ranks * _PACKED_COLUMNS)
+    _library.l4_lowrank(
+        total.ctypes.data,
+        total.strides[0] // total.itemsize,
+        left.ctypes.data,
+        right.ctypes.data,
+        *(rows, columns, ranks),
+        scale,
+        packed.ctypes.data,
+        _LEVEL,
+    )
 
 
 #: Codes in the groups that :func:`reorder` takes.

@@ -47,6 +47,8 @@ INLINE Floats NAME(load_source)(const uint8_t *from, int bf16)
 
 #include "native_fp8.h"
 
+#include "native_lowrank.h"
+
 #undef INLINE
 #undef Floats
 #undef Ints

@@ -25,7 +25,7 @@ _MOVES = {
 # Results whose type does not follow from that of the operands.
 _OTHER_TYPE = {
     *("Shape", "Size", "ArgMax", "QuantizeLinear"),
-    *("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"),
+    *("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN", "IsInf"),
 }
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from l4convert.checkpoint.config import DecoderConfig
+from l4convert.checkpoint.fields import MAX_INT, Fields
 from l4convert.errors import UsageError
 from l4convert.quantization.kv import KvScheme
 from l4convert.runtime.loading import SETTINGS
@@ -29,6 +30,8 @@ GENAI_KV_CACHES = ("growing", "static")
 PROVIDER_OPTIONS: Mapping[str, list[dict[str, Any]]] = {"cuda": [{"cuda": {"enable_cuda_graph": "0"}}]}
 """Target to ``provider_options``, where it is not the CPU. A CUDA graph cannot hold the ``If`` of our attention."""
 
+_COUNTS = ("top_k", "min_length", "no_repeat_ngram_size")
+_NUMBERS = ("temperature", "top_p", "repetition_penalty")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_length", "no_repeat_ngram_size")
 """Fields of ``generation_config.json`` that GenAI's ``search`` section has under the same name and meaning."""
 
@@ -62,7 +65,7 @@ def genai_config(
         raise UsageError(
             f"ONNX Runtime GenAI cannot drive a {kv_cache!r} KV cache", hint=f"use one of: {', '.join(GENAI_KV_CACHES)}"
         )
-    given = generation_config or {}
+    given = _checked(Fields(generation_config or {}, "generation_config.json"))
     static = kv_cache == "static"
     decoder = _decoder(config, PROVIDER_OPTIONS.get(target, []))
     if scheme is not None and not static:
@@ -83,6 +86,26 @@ def genai_config(
             **{name: given[name] for name in _SAMPLING if given.get(name) is not None},
         },
     }
+
+
+def _checked(fields: Fields) -> Mapping[str, Any]:
+    """The values of a ``generation_config.json``, those that are used here of the type that they must have.
+
+    Raises:
+        InputError: One is not.
+    """
+    if fields.has("do_sample"):
+        fields.boolean("do_sample")
+    for key in _COUNTS:
+        if fields.has(key):
+            fields.integer(key, low=0)
+    for key in _NUMBERS:
+        if fields.has(key):
+            fields.number(key, positive=False)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for token in _as_tuple(fields.values.get(key)):
+            fields.checked_integer(key, token, -1, MAX_INT)  # -1 is how some write that there is none
+    return fields.values
 
 
 def _decoder(config: DecoderConfig, provider_options: list[dict[str, Any]]) -> dict[str, Any]:

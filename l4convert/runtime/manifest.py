@@ -49,6 +49,11 @@ def read_artifact(path: Path) -> ArtifactInfo:
     """
     manifest = read_manifest(path)
     file = path / MANIFEST_FILE
+    if is_foreign(manifest):
+        raise InputError(
+            f"{file}: was made by `l4convert optimize`, and only the exporter of its model knows inputs and caches",
+            "run its model.onnx with ONNX Runtime as you ran the model that it was made of",
+        )
     try:
         kv_cache, recipe, target = (_name(manifest[key]) for key in ("kv_cache", "recipe", "target"))
         config = config_from_json(manifest["config"])
@@ -60,6 +65,12 @@ def read_artifact(path: Path) -> ArtifactInfo:
     if kv_cache not in get_args(KvCache):
         raise InputError(f"{file}: kv_cache is {kv_cache!r}, expected one of {', '.join(get_args(KvCache))}")
     return ArtifactInfo(path, cast("KvCache", kv_cache), recipe, schemes, target, config, compute, calls, kv_scheme)
+
+
+def is_foreign(manifest: Mapping[str, Any]) -> bool:
+    """Whether an artifact was made of somebody else's ONNX model: then the manifest has no decoder's configuration."""
+    source = manifest.get("source")
+    return isinstance(source, dict) and source.get("format") == "onnx"
 
 
 def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:

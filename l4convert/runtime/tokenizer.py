@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l4convert.checkpoint.templates import TOKENIZER_BYTES
+from l4convert.checkpoint.text import require_file, show
 from l4convert.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,18 +42,20 @@ class TextTokenizer:
         if not file.is_file():
             hint = "Copy the checkpoint's tokenizer.json beside the model, or work with token ids."
             raise InputError(f"{file}: no such file", hint)
-        try:
+        size = require_file(file)
+        if size > TOKENIZER_BYTES:
+            raise InputError(f"{show(file)}: {size:,} bytes, more than a tokenizer can sensibly have")
+        with _reported(f"{show(file)}: not a tokenizer"):
             backend = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{file}: not a tokenizer: {error}") from error
-        return cls._prepared(backend, str(file))
+            return cls._prepared(backend, show(file))
 
     @classmethod
     def parse(cls, content: bytes, name: str) -> TextTokenizer:
         """A ``tokenizer.json`` that is in memory; ``name`` is what messages call it."""
         from tokenizers import Tokenizer
 
-        return cls._prepared(Tokenizer.from_str(content.decode()), name)
+        with _reported(f"{show(name)}: not a tokenizer"):
+            return cls._prepared(Tokenizer.from_str(content.decode()), name)
 
     @classmethod
     def _prepared(cls, backend: Tokenizer, name: str) -> TextTokenizer:
@@ -70,12 +75,14 @@ class TextTokenizer:
         """
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError("the text is not UTF-8", "give it in UTF-8")
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with _reported("tokenizer.json: cannot encode the text"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if special else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        with _reported("tokenizer.json: cannot decode tokens"):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 
     def stream(self) -> TextStream:
@@ -112,6 +119,22 @@ class TextStream:
         piece = self._tokenizer.decode(self._pending)[self._shown :]
         self._pending, self._shown = [], 0
         return piece
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Turn what the library raises into an InputError that begins with ``what``.
+
+    It raises bare Exception; where its Rust panics (``pyo3_runtime.PanicException``), a BaseException.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{what}: {show(error)}") from error
+        raise
 
 
 def _special_ids(backend: Tokenizer, file: str) -> tuple[list[int], list[int]]:

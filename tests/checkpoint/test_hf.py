@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from l4convert.checkpoint import open_checkpoint
+from l4convert.errors import InputError
 from tests.checkpoint.damage import copy_of, edit, needs_links
 from tests.checkpoints import MAVERICK, write_random_checkpoint
 
@@ -125,9 +126,11 @@ def test_sidecars_are_the_files_that_are_there(tmp_path: Path, scout_layout: Pat
     path = copy_of(scout_layout, tmp_path)
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "notes.txt"):
         (path / name).write_text("{}")
-    (path / "tokenizer_config.json").mkdir()
     names = {file.name for file in open_checkpoint(path).sidecars}
     assert names == {"config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"}
+    (path / "tokenizer_config.json").mkdir()
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: is not a file"):
+        open_checkpoint(path)
 
 
 @needs_links

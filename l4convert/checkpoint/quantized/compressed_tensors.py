@@ -14,9 +14,11 @@ import onnx_ir as ir
 from l4convert.checkpoint.fields import Fields
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.prequantized import Prequantized
+from l4convert.checkpoint.quantized.compressed_floats import read_fp8, read_nvfp4, rounds_per_token
 from l4convert.checkpoint.quantized.packed import PACKED_TYPES, Unpacked, UnpackedRows
 from l4convert.checkpoint.quantized.patterns import Patterns, UnusablePatternError
-from l4convert.checkpoint.quantized.source import FLOAT_SCALES, ReadWeights, Source, checked, summary, where
+from l4convert.checkpoint.quantized.source import FLOAT_SCALES, ReadWeights, Source, checked, matrix, summary, where
+from l4convert.checkpoint.quantized.unused import take_unused
 from l4convert.checkpoint.text import quote, show
 from l4convert.errors import InputError
 
@@ -24,7 +26,7 @@ NAME = "compressed-tensors"
 MAX_GROUPS = 64
 # A module that has one of these is quantized.
 MARKS = ("weight_packed", "weight_scale")
-SUPPORTED = "supported: 4-bit and 8-bit integers in groups or channels (pack-quantized)"
+SUPPORTED = "supported: 4-bit and 8-bit integers in groups or channels (pack-quantized), FP8 and NVFP4"
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Scheme:
         format: How weights are stored.
         weights: The scheme of weights (compressed_tensors/quantization/quant_args.py).
         targets: The modules that it is for.
+        per_token: Activations are rounded to FP8, token by token.
     """
 
     format: str
     weights: Fields
     targets: Patterns
+    per_token: bool
 
 
 def read(source: Source) -> ReadWeights:
@@ -56,19 +60,20 @@ def read(source: Source) -> ReadWeights:
         tensors[weight] = FORMATS[scheme.format](source, scheme, weight)
         if (plain := source.stored.get(weight)) is not None:
             raise InputError(f"{where(plain)} is there both quantized and not", "one of the two is left over")
-    return ReadWeights(tensors, summary(NAME, tensors, source.expected))
+    return ReadWeights(tensors, summary(NAME, tensors, source.expected) + take_unused(source))
 
 
 def read_packed(source: Source, scheme: Scheme, weight: str) -> LazyTensor:
     """A weight [N, K] of format ``pack-quantized``: ``weight_packed``, ``weight_scale``, ``weight_shape``, perhaps
     ``weight_zero_point`` and ``weight_g_idx``."""
-    rows, depth = _matrix(source, weight)
+    rows, depth = matrix(source, weight)
     bits, block_size = _integers(scheme.weights, depth)
     blocks = -(-depth // block_size)
     words = source.require(f"{weight}_packed", (ir.DataType.INT32,), (rows, -(-depth * bits // 32)))
     scales = source.require(f"{weight}_scale", FLOAT_SCALES, (rows, blocks))
     shape = source.require(f"{weight}_shape", (ir.DataType.INT64, ir.DataType.INT32), (2,))
-    if (given := tuple(shape.numpy().tolist())) != (rows, depth):
+    # Reading it is a small read for each of thousands of modules; most rows fill their words, so there is no doubt.
+    if depth * bits % 32 and (given := tuple(shape.numpy().tolist())) != (rows, depth):
         raise InputError(f"{where(shape)} is {list(given)}, config.json makes the weight {[rows, depth]}")
     zero_points = None
     if not scheme.weights.boolean("symmetric", True):
@@ -82,6 +87,8 @@ def read_packed(source: Source, scheme: Scheme, weight: str) -> LazyTensor:
 # How the weights of a group are stored -> what reads one.
 FORMATS: Mapping[str, Callable[[Source, Scheme, str], LazyTensor]] = {
     "pack-quantized": read_packed,
+    "float-quantized": lambda source, scheme, weight: read_fp8(source, scheme.weights, weight, scheme.per_token),
+    "nvfp4-pack-quantized": lambda source, scheme, weight: read_nvfp4(source, scheme.weights, weight),
 }
 
 
@@ -93,14 +100,6 @@ def _zero_points(source: Source, weight: str, bits: int, rows: int, blocks: int)
         return source.require(name, (ir.DataType.INT8,), (rows, blocks))
     words = source.require(name, (ir.DataType.INT32,), (-(-rows * bits // 32), blocks))
     return UnpackedRows(words, bits, rows)
-
-
-def _matrix(source: Source, weight: str) -> tuple[int, int]:
-    shape = source.expected[weight]
-    if len(shape) != 2:
-        what = f"tensor '{show(source.layout.stored(weight))}' has {len(shape)} axes"
-        raise InputError(f"{source.config.file}: {what}: only matrices can be {NAME}", "save the experts one by one")
-    return shape[0], shape[1]
 
 
 def _integers(weights: Fields, depth: int) -> tuple[int, int]:
@@ -151,7 +150,7 @@ def _scheme(group: Fields | None, config: Fields) -> Scheme:
     name = holder.get("format")
     if not isinstance(name, str) or name not in FORMATS:
         holder.fail("format", f"is {quote(name)}: that cannot be read", f"supported: {', '.join(FORMATS)}")
-    return Scheme(name, weights, _patterns(group, "targets"))
+    return Scheme(name, weights, _patterns(group, "targets"), rounds_per_token(group.object("input_activations")))
 
 
 def _patterns(fields: Fields, key: str) -> Patterns:

@@ -57,6 +57,16 @@ class Source:
         neighbour = next((t for other, t in self.stored.items() if other.startswith(stem + ".")), None)
         return self.config.file if neighbour is None else where(neighbour)
 
+    def require_axes(self, weight: str, side: str) -> None:
+        """See that a weight beside which something of a quantized one is stored can be quantized.
+
+        Raises:
+            InputError: It has one axis, as norms have; names the tensor ``side``.
+        """
+        if len(self.expected[weight]) < 2:
+            what = f"'{show(self.layout.stored(weight))}' has one axis, and such weights are not quantized"
+            raise InputError(f"{where(self.stored[side])}: {what}", _HINT)
+
     def weights(self) -> Iterator[str]:
         """Canonical names of the weights that are not stored as such, so that a reader must make them."""
         return (name for name in self.expected if name not in self.stored)
@@ -92,6 +102,19 @@ def checked(tensor: Stored, dtypes: Collection[ir.DataType], shape: Shape) -> St
         names = ", ".join(SAFETENSORS_NAMES[dtype] for dtype in dtypes)
         raise InputError(f"{where(tensor)} is {SAFETENSORS_NAMES[tensor.dtype]}, expected {names}")
     return tensor
+
+
+def matrix(source: Source, weight: str) -> tuple[int, int]:
+    """Rows and columns of a weight, for methods that store matrices only.
+
+    Raises:
+        InputError: It has another number of axes.
+    """
+    shape = source.expected[weight]
+    if len(shape) != 2:
+        what = f"tensor '{show(source.layout.stored(weight))}' has {len(shape)} axes: only matrices are stored so"
+        raise InputError(f"{source.config.file}: {what}", "save the experts one by one")
+    return shape[0], shape[1]
 
 
 def where(tensor: Stored) -> str:

@@ -1,0 +1,59 @@
+"""What a fuzz target is: a parser, seeds to start from, and words that help to get past its first checks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from l4convert.errors import L4Error
+
+LONGEST_MESSAGE = 1500
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parser under test.
+
+    Attributes:
+        parse: Given the input, returns anything or raises an L4Error; all else is a finding.
+        seeds: Valid inputs.
+        words: For libFuzzer's dictionary.
+        form: "json": half of the mutations change a value of the parsed text rather than its bytes.
+        longest: Of an input, in bytes.
+    """
+
+    parse: Callable[[bytes], object]
+    seeds: Callable[[], Sequence[bytes]]
+    words: Sequence[str | bytes] = ()
+    form: Literal["bytes", "json"] = "bytes"
+    longest: int = 16384
+
+
+def check(parse: Callable[[bytes], object], data: bytes) -> None:
+    """Run a parser; an error of ours must be fit to be shown.
+
+    Raises:
+        AssertionError: Its message is not one printable line of a sensible length.
+    """
+    try:
+        parse(data)
+    except L4Error as error:
+        for line in (error.message, error.hint or ""):
+            assert line.isprintable(), f"not printable: {line!r}"
+            assert len(line) <= LONGEST_MESSAGE, f"a message of {len(line)} characters"
+
+
+class OneFile:
+    """A file that takes one input after the other, in memory where there is a file system for that."""
+
+    def __init__(self, name: str) -> None:
+        shared = Path("/dev/shm")
+        self._folder = tempfile.TemporaryDirectory(prefix="l4fuzz-", dir=shared if shared.is_dir() else None)
+        self.path = Path(self._folder.name) / name
+
+    def __call__(self, data: bytes) -> Path:
+        self.path.write_bytes(data)
+        return self.path
