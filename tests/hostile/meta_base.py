@@ -43,9 +43,7 @@ FIRST, NORM = "tok_embeddings.weight", "norm.weight"
 def storages() -> dict[str, bytes]:
     """The bytes of every tensor, in half precision."""
     random = np.random.default_rng(0)
-    return {
-        str(i): random.normal(0, 0.1, shape).astype(np.float16).tobytes() for i, shape in enumerate(SHAPES.values())
-    }
+    return {str(i): random.normal(0, 0.1, shape).astype(np.float16).tobytes() for i, shape in enumerate(SHAPES.values())}
 
 
 def tensors() -> dict[str, Tensor]:

@@ -73,9 +73,6 @@ RANKS = Target(
 PICKLE = Target(lambda data: read_state(data, "data.pkl"), pickles, (*_OPCODES, *_NAMES))
 STORAGES = Target(parse_within, pickles, (*_OPCODES, *_NAMES), longest=4096)
 ZIP = Target(
-    parse_zip,
-    archives,
-    (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08"),
-    longest=4096,
+    parse_zip, archives, (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08"), longest=4096
 )
 PTH = Target(parse_pth, archives, (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", *_OPCODES, *_NAMES), longest=4096)

@@ -49,9 +49,6 @@ HARDWARE = Target(
 )
 SETTINGS = Target(
     parse_settings,
-    lambda: [
-        b'quiet = true\n[convert]\nrecipe = "fp8"\n[plugins.build]\njobs = 1\n',
-        b"[generate]\nmax-new-tokens = 3\n",
-    ],
+    lambda: [b'quiet = true\n[convert]\nrecipe = "fp8"\n[plugins.build]\njobs = 1\n', b'[generate]\nmax-new-tokens = 3\n'],
     ("[convert]", "[plugins.build]", "recipe", "quiet", "max-new-tokens", "[[", "0x"),
 )

@@ -52,17 +52,8 @@ CLIENT_FILES = Target(
     lambda: [
         json.dumps(
             {
-                "bos_token_id": 1,
-                "eos_token_id": [2, 3],
-                "pad_token_id": 0,
-                "temperature": 0.6,
-                "top_p": 0.9,
-                "top_k": 50,
-                "do_sample": True,
-                "max_length": 20,
-                "min_length": 0,
-                "repetition_penalty": 1.0,
-                "num_beams": 1,
+                "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9, "top_k": 50,
+                "do_sample": True, "max_length": 20, "min_length": 0, "repetition_penalty": 1.0, "num_beams": 1,
             }
         ).encode(),
         b"{}",
@@ -74,29 +65,13 @@ TOKENIZER = Target(
     parse_tokenizer,
     lambda: [
         json.dumps(bases.tokenizer()).encode(),
-        json.dumps(
-            {
-                **bases.tokenizer(),
-                "pre_tokenizer": {
-                    "type": "ByteLevel",
-                    "add_prefix_space": False,
-                    "trim_offsets": True,
-                    "use_regex": True,
-                },
-                "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            }
-        ).encode(),
-        json.dumps(
-            {
-                **bases.tokenizer(),
-                "post_processor": {
-                    "type": "TemplateProcessing",
+        json.dumps({**bases.tokenizer(), "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
+                    "trim_offsets": True, "use_regex": True}, "decoder": {"type": "ByteLevel", "add_prefix_space": True,
+                    "trim_offsets": True, "use_regex": True}}).encode(),
+        json.dumps({**bases.tokenizer(), "post_processor": {"type": "TemplateProcessing",
                     "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
                     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-                    "special_tokens": {"a": {"id": "a", "ids": [0], "tokens": ["a"]}},
-                },
-            }
-        ).encode(),
+                    "special_tokens": {"a": {"id": "a", "ids": [0], "tokens": ["a"]}}}}).encode(),
     ],  # fmt: skip
     ('"ByteLevel"', '"BPE"', '"Split"', '"Regex"', '"Sequence"', '"merges"', '"vocab"', '"added_tokens"'),
     form="json",

@@ -63,10 +63,7 @@ FAMILY = Family(
                 (NORM, "is missing", INDEX),
             ),
             "listed and in no shard": (weight_map(lambda m: m.update({"x.weight": FIRST})), ("x.weight", "is missing")),
-            "a shard that is absent": (
-                weight_map(lambda m: m.update({NORM: "model-3.safetensors"})),
-                ("model-3", "absent"),
-            ),
+            "a shard that is absent": (weight_map(lambda m: m.update({NORM: "model-3.safetensors"})), ("model-3", "absent")),
             "10,000 shards that are absent": (
                 weight_map(lambda m: m.update({f"t{i}": f"s{i}.safetensors" for i in range(10_000)})),
                 ("s0.safetensors", "absent", "9999 more"),
@@ -89,10 +86,7 @@ FAMILY = Family(
                 tensors(FIRST, lambda t: t.update({"x": np.ones(2, np.float16)})),
                 (FIRST, "'x'", "not listed"),
             ),
-            "a tensor less in a shard": (
-                tensors(FIRST, lambda t: t.pop(EMBED, t.pop(HEAD))),
-                (FIRST, HEAD, "is missing"),
-            ),
+            "a tensor less in a shard": (tensors(FIRST, lambda t: t.pop(EMBED, t.pop(HEAD))), (FIRST, HEAD, "is missing")),
             "no tensor in a shard": (tensors(SECOND, lambda t: t.clear()), (SECOND, "is missing")),
             "no shards but an index": (lambda p: (remove(FIRST)(p), remove(SECOND)(p)), (FIRST, "absent")),
             "shards but no index": (remove(INDEX), (INDEX,)),
@@ -116,10 +110,7 @@ FAMILY = Family(
                 text(INDEX, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'),
                 (INDEX, "'a'", "twice"),
             ),
-            "a map twice": (
-                text(INDEX, '{"weight_map": {}, "weight_map": {"a": "b"}}'),
-                (INDEX, "weight_map", "twice"),
-            ),
+            "a map twice": (text(INDEX, '{"weight_map": {}, "weight_map": {"a": "b"}}'), (INDEX, "weight_map", "twice")),
             "a terabyte of zeros": (sparse(INDEX, 1 << 40), (INDEX, "bytes")),
             "99 MB of zeros": (sparse(INDEX, 99_000_000), (INDEX, "not valid JSON")),
             "60 MB of empty lists": (

@@ -136,15 +136,12 @@ FORMS = {
     "BUILD with __setstate__": form(valid(after=DICT + text("__setstate__") + SYSTEM + SETITEM + BUILD), "os.system"),
     "BUILD on a name": form(valid(name("torch", "FloatStorage") + DICT + BUILD + POP), "state"),
     "BUILD on a tuple": form(valid(EMPTY_TUPLE + DICT + BUILD + POP), "state"),
-    "a call of a known name with a gadget": form(
-        valid(call(name("collections", "OrderedDict"), RUN) + POP), "os.system"
-    ),
+    "a call of a known name with a gadget": form(valid(call(name("collections", "OrderedDict"), RUN) + POP), "os.system"),
     "a call of a storage": form(valid(call(name("torch", "FloatStorage"), integer(1)) + POP), "cannot be called"),
     "a call of a text": form(valid(call(text("os.system"), text(COMMAND)) + POP), "cannot be called"),
     "a call of the state dict": form(valid(after=EMPTY_TUPLE + REDUCE), "cannot be called"),
     "a hook of a tensor": form(
-        state({FIRST: Tensor(tail=TRUE + call(name("collections", "OrderedDict"), tuple_of(RUN))).pickled()}),
-        "os.system",
+        state({FIRST: Tensor(tail=TRUE + call(name("collections", "OrderedDict"), tuple_of(RUN))).pickled()}), "os.system"
     ),
     "a parameter with a hook": form(
         state({FIRST: call(name("torch._utils", "_rebuild_parameter"), Tensor().pickled(), TRUE, RUN)}), "os.system"
@@ -158,19 +155,14 @@ FORMS = {
     "bytes by another codec": form(
         valid(extra={"x": call(name("_codecs", "encode"), text("x"), text("rot13"))}), "bytes"
     ),
-    "a persistent id of a gadget": form(
-        valid(tuple_of(text("storage"), SYSTEM, text("0")) + PERSID + POP), "os.system"
-    ),
+    "a persistent id of a gadget": form(valid(tuple_of(text("storage"), SYSTEM, text("0")) + PERSID + POP), "os.system"),
     "a persistent id of a module": form(
-        valid(tuple_of(text("module"), text("0"), text("x.py"), text("import os"), integer(1)) + PERSID + POP),
-        "storage",
+        valid(tuple_of(text("module"), text("0"), text("x.py"), text("import os"), integer(1)) + PERSID + POP), "storage"
     ),
     "a persistent id of text": form(valid(b"Pos.system\n" + POP), "PERSID"),
     "a name with a carriage return": form(valid(b"cos\r\nsystem\r\n" + POP), "os"),
     "a name with a space": form(valid(b"ctorch._utils _rebuild_tensor_v2\n\n" + POP), "_rebuild_tensor_v2"),
-    "a name with a dot too many": form(
-        valid(name("collections", "OrderedDict.fromkeys") + POP), "OrderedDict.fromkeys"
-    ),
+    "a name with a dot too many": form(valid(name("collections", "OrderedDict.fromkeys") + POP), "OrderedDict.fromkeys"),
     "a name through a known module": form(valid(name("torch._utils", "os.system") + POP), "torch._utils.os.system"),
     "a name through a known class": form(
         valid(name("collections", "OrderedDict.__init__.__globals__") + POP), "__globals__"

@@ -89,14 +89,9 @@ FAMILY = Family(
             "a size of zero": bad(lambda e: changed(e, "data/0", size=0, packed=0)),
             "stored, of two sizes": one("data/0", packed=10),
             "zip64 sizes without the field": one("data/0", size=0xFFFFFFFF, packed=0xFFFFFFFF),
-            "a zip64 field that is cut": one(
-                "data/0", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=b"\x01\x00\x04\x00\0\0"
-            ),
+            "a zip64 field that is cut": one("data/0", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=b"\x01\x00\x04\x00\0\0"),
             "a zip64 size of 2**63": one(
-                "data/0",
-                size=0xFFFFFFFF,
-                packed=0xFFFFFFFF,
-                extra=b"\x01\x00\x10\x00" + b"\xff" * 7 + b"\x7f" + b"\xff" * 8,
+                "data/0", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=b"\x01\x00\x10\x00" + b"\xff" * 7 + b"\x7f" + b"\xff" * 8
             ),
             "two zip64 fields": one("data/0", extra=b"\x01\x00\x00\x00" * 2),
             "extra fields that are cut": one("data/0", extra=b"\x01"),
