@@ -215,6 +215,8 @@ def _count(model: ir.Model) -> int:
 
 def _forget_notes(model: ir.Model) -> None:
     """Take out what an exporter noted at nodes and values: stack traces of the machine it ran on."""
+    for name in [name for name in model.graph.metadata_props if name.startswith("pkg.")]:
+        del model.graph.metadata_props[name]
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
         for node in ir.traversal.RecursiveGraphIterator(graph):
             node.metadata_props.clear()

@@ -85,9 +85,7 @@ def test_recipes_are_applied_for_every_target(tmp_path, capsys, target, recipe, 
     result = optimize(capsys, model, out, "--verify", "--target", target, "--recipe", recipe)
     rows = (*NORMALIZING_PASSES, *CANONICAL_PASSES[:3], *TARGETS[target].lowering)
     assert [row["name"] for row in result["passes"]] == [row.name for row in rows]
-    assert (
-        result["quantized"] == 16
-    )  # 4 of attention in each layer, 3 of the dense one, 3 of the shared expert, 2 of experts
+    assert result["quantized"] == 16  # 4 of attention in each layer, 3 of the dense one, 3 shared, 2 of experts
     (logits,) = result["verify"]["outputs"]
     assert 0 < logits["mean_error"] <= bound
     assert result["verify"]["tolerance"] is None

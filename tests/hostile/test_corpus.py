@@ -39,9 +39,7 @@ def test_refused(family: str, case: str, warm: WarmProcess, bases: dict[str, Pat
 
 
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.control])
-def test_what_is_not_damaged_is_taken(
-    family: str, warm: WarmProcess, bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_is_not_damaged_is_taken(family: str, warm: WarmProcess, bases: dict[str, Path], tmp_path: Path) -> None:
     prepare(FAMILIES[family], bases[family], tmp_path)
     outcome = warm(arguments(FAMILIES[family], tmp_path), tmp_path)
     assert outcome.code == 0, outcome.stderr

@@ -66,9 +66,7 @@ def journal_seeds() -> list[bytes]:
     return [first, first + lines, first + lines + b"\0" * 40, first + lines[:-10]]
 
 
-MANIFEST = Target(
-    lambda data: read_artifact(_with_manifest(data)), lambda: [manifest()], form="json", longest=1 << 15
-)
+MANIFEST = Target(lambda data: read_artifact(_with_manifest(data)), lambda: [manifest()], form="json", longest=1 << 15)
 VERIFY = Target(
     lambda data: verify_artifact(_with_manifest(data)).as_dict(), lambda: [manifest()], form="json", longest=1 << 15
 )

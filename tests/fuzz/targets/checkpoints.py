@@ -57,7 +57,9 @@ SAFETENSORS = Target(
 INDEX = Target(
     lambda data: _read_index(_index(data)),
     lambda: [
-        json.dumps({"metadata": {"total_size": 1}, "weight_map": {files.EMBED: files.FIRST, "b": files.SECOND}}).encode(),
+        json.dumps(
+            {"metadata": {"total_size": 1}, "weight_map": {files.EMBED: files.FIRST, "b": files.SECOND}}
+        ).encode(),
         b'{"weight_map": {"a": "model.safetensors"}}',
     ],
     ('"weight_map"', '"metadata"', "../", "\\u0000", "safetensors"),
