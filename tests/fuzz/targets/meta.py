@@ -67,6 +67,8 @@ PARAMS_JSON = Target(
     (*(f'"{key}"' for key in PARAMS), "NaN", "Infinity", "1e999", "null"),
     form="json",
 )
+
+
 def ranks() -> list[bytes]:
     """All bytes, without and with tokens that are made of them."""
     tokens = [*(bytes([byte]) for byte in range(256)), b"ab", b"abc", b"\xff\xfe"]
