@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 from pathlib import Path
@@ -53,24 +52,25 @@ def _plain(text: str) -> bool:
 
 
 def parse(data: bytes) -> None:
-    """The three answers, as one object."""
+    """What is asked for is the first of the three that the input has an answer to."""
     _prepare()
     from l4convert.checkpoint.hub import ranges
     from l4convert.checkpoint.hub.address import Address
     from l4convert.checkpoint.hub.listing import list_files
     from l4convert.checkpoint.remote import RemoteFile
-    from l4convert.errors import L4Error
 
     content = Fields(parse_object(data, "answers"), "answers")
     for kind in ("list", "find", "read"):
         _answers[kind] = content.object(kind) or Fields({}, "answers")
-    ranges._places.clear()
-    with contextlib.suppress(L4Error):
+    if content.has("list"):
         list_files(Address("org/name"))
+        return
     url = f"https://huggingface.co/org/name/resolve/{COMMIT}/x.safetensors"
     file = RemoteFile(Path("x.safetensors"), "hf://org/name/x.safetensors", url, SIZE, ETAG, ETAG)
-    buffer = bytearray(16)
-    ranges.read_range(file, 8, memoryview(buffer))
+    ranges._places.clear()
+    if not content.has("find"):
+        ranges._places[file] = ranges._Place(url="https://cdn.example/x")
+    ranges.read_range(file, 8, memoryview(bytearray(16)))
 
 
 def seeds() -> list[bytes]:
@@ -98,13 +98,16 @@ def seeds() -> list[bytes]:
     }
     sent = {"Content-Range": f"bytes 8-23/{SIZE}", "ETag": f'"{ETAG}"'}
     read = {"status": 206, "headers": sent, "body": "0123456789abcdef"}
-    answers = [
-        {"list": listed, "find": {"status": 200, "headers": found}, "read": read},
-        {"list": listed, "find": {"status": 302, "headers": linked}, "read": read},
-        {
-            "list": {"status": 401, "headers": {"X-Error-Code": "GatedRepo"}},
-            "find": {"status": 429, "headers": {"Retry-After": "3"}},
-        },
+    limited = {"status": 429, "headers": {"Retry-After": "3"}}
+    refused = {"status": 401, "headers": {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask for access"}}
+    answers: list[dict[str, Any]] = [
+        {"list": listed},
+        {"list": refused},
+        {"find": {"status": 200, "headers": found}, "read": read},
+        {"find": {"status": 302, "headers": linked}, "read": read},
+        {"find": limited},
+        {"read": read},
+        {"read": {**read, "status": 302, "headers": {"Location": "https://elsewhere.example/x"}}},
     ]
     return [json.dumps(answer).encode() for answer in answers]
 
