@@ -113,7 +113,8 @@ class Prequantized(Derived):
                 f"{self.scales.origin} has {broken} NaN or infinite values in rows {rows.start} to {rows.stop - 1}",
                 "the checkpoint is damaged: compare its files' digests with the publisher's",
             )
-        product *= scales[:, columns]
+        with np.errstate(over="ignore"):  # what is infinite then is refused where it is used
+            product *= scales[:, columns]
         return product
 
     def _columns(self, cols: slice) -> tuple[np.ndarray, slice]:

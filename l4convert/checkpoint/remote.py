@@ -26,7 +26,9 @@ _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of a Git object, or of the c
 _STEP_BYTES = 8 << 20
 # The beginning of a file, which is read once: the header of a shard of Llama 4 has about ten kilobytes.
 _HEAD_BYTES = 64 << 10
-_SMALL_BYTES = 64 << 10
+# Tensors up to this size are read in blocks of the file.
+_SMALL_BYTES = 4 << 10
+_BLOCK_BYTES = 16 << 10
 # Ranges that are read at the same time, at least; a server answers one connection slower than a network could.
 _CONNECTIONS = 8
 
@@ -222,18 +224,23 @@ def read_tile(span: Span, first: int, shape: tuple[int, int], dtype: np.dtype, r
     return part
 
 
-@lru_cache(maxsize=512)
-def _small(span: Span) -> bytes:
-    """A small tensor, such as a scale, which is looked at whenever the graph is written."""
-    return span.file.read(span.start, span.stop)
+@lru_cache(maxsize=1024)
+def _block(file: RemoteFile, index: int) -> bytes:
+    """Small tensors (scales, packed weights' shapes) are looked at one by one, thousands of them, and lie together."""
+    return file.read(index * _BLOCK_BYTES, (index + 1) * _BLOCK_BYTES)
+
+
+def _small(file: RemoteFile, start: int, stop: int) -> bytes:
+    first, last = start // _BLOCK_BYTES, (stop - 1) // _BLOCK_BYTES
+    data = b"".join(_block(file, index) for index in range(first, last + 1))
+    return data[start - first * _BLOCK_BYTES : stop - first * _BLOCK_BYTES]
 
 
 def _read(span: Span, start: int, array: np.ndarray, keep: int) -> None:
     """Fill a C-contiguous array; ``keep``: so many bytes of the tensor will be asked for again soon."""
     buffer = array.reshape(-1).view(np.uint8).data
     if span.stop - span.start <= _SMALL_BYTES:
-        at = start - span.start
-        buffer[:] = _small(span)[at : at + len(buffer)]
+        buffer[:] = _small(span.file, start, start + len(buffer))
         return
     if _streams:
         _streams[-1].spool.read(span, start, buffer, keep)

@@ -26,6 +26,7 @@ from l4convert.errors import BackendMissing, InputError, UsageError
 from l4convert.pipeline import ConvertOptions, PlanOptions, convert, plan_conversion
 from tests.checkpoint.refusals import assert_refused
 from tests.checkpoints import write_random_checkpoint
+from tests.compressed import compress
 from tests.hub.conftest import REPO, Serve, environment
 from tests.hub.server import Answer, Hub, Request, first, ranged
 
@@ -95,8 +96,8 @@ def test_the_artifact_is_the_same_and_every_byte_comes_once(
     result = convert(ConvertOptions(checkpoint=CKPT, output=far, recipe=recipe, target=target))
     for name in ("model.safetensors", "model.onnx", "config.json", "genai_config.json"):
         assert (here / name).read_bytes() == (far / name).read_bytes()
-    # Three beginnings of shards, and each tensor.
-    assert weights_size(wide) <= hub.sent <= weights_size(wide) + 3 * 65536
+    # Three beginnings of shards, each tensor, and a block that has the nine norms, or a part of them, in it.
+    assert weights_size(wide) <= hub.sent <= weights_size(wide) + 3 * 65536 + 9 * 16384
     assert result.traffic is not None
     assert result.traffic.nbytes == hub.sent
     assert stored_locally(constants.HF_HUB_CACHE) < weights_size(wide) / 10
@@ -104,6 +105,19 @@ def test_the_artifact_is_the_same_and_every_byte_comes_once(
     assert ours["source"]["hub"] == {"repo": REPO, "commit": hub.commit}
     assert ours["source"]["files"] == theirs["source"]["files"]  # the SHA-256 of Git LFS is that of the file
     assert "hub" not in theirs["source"]
+
+
+def test_packed_weights_come_once_too(serve: Serve, maverick_layout: Path, tmp_path: Path) -> None:
+    folder = compress(maverick_layout, tmp_path / "packed", shards=2)
+    hub = serve(folder)
+    here, far = tmp_path / "here", tmp_path / "far"
+    assert open_checkpoint(CKPT).quantization == open_checkpoint(folder).quantization is not None
+    assert len(hub.asked("signature")) <= 2 + weights_size(folder) // 16384, "each shape was asked for by itself"
+    convert(ConvertOptions(checkpoint=folder, output=here, recipe="keep"))
+    hub.requests.clear()
+    convert(ConvertOptions(checkpoint=CKPT, output=far, recipe="keep"))
+    assert (here / "model.safetensors").read_bytes() == (far / "model.safetensors").read_bytes()
+    assert hub.sent <= 2 * weights_size(folder)
 
 
 def test_columns_of_a_matrix_larger_than_the_cache_come_once(
@@ -199,7 +213,7 @@ def test_what_the_cache_has_is_not_fetched(serve: Serve, wide: Path, tmp_path: P
     assert [file.exists() for file in checkpoint.files if file.suffix == ".safetensors"] == [True, False, False]
     hub.requests.clear()
     convert(ConvertOptions(checkpoint=CKPT, output=tmp_path / "out"))
-    assert hub.sent <= weights_size(wide) - (wide / names[0]).stat().st_size + 2 * 65536
+    assert hub.sent <= weights_size(wide) - (wide / names[0]).stat().st_size + 2 * 65536 + 9 * 16384
 
 
 def test_without_a_network_the_cache_serves(serve: Serve, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
