@@ -110,7 +110,8 @@ class Prequantized(Derived):
         scales = self.scales.tile(batch, rows, blocks).astype(np.float32)
         if broken := scales.size - int(np.count_nonzero(np.isfinite(scales))):
             raise InputError(
-                f"{self.scales.origin} has {broken} NaN or infinite values in rows {rows.start} to {rows.stop - 1}",
+                f"{self.scales.origin} has {broken} NaN or infinite values in rows {rows.start} to {rows.stop - 1},"
+                f" scales of tensor {next(iter(self.values.sources), '')!r}",
                 "the checkpoint is damaged: compare its files' digests with the publisher's",
             )
         with np.errstate(over="ignore"):  # what is infinite then is refused where it is used
