@@ -31,6 +31,7 @@ def plan_json(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) 
 SCHEMA: dict[str, Any] = {
     "schema": str,
     "source": str,
+    "adapters": list,
     "parameters": int,
     "active_parameters": int,
     "source_bytes": int,
@@ -62,6 +63,7 @@ SCHEMA: dict[str, Any] = {
         "digest": {"bytes": int, "bytes_per_second": int},
     },
     "serving": type(None),
+    "network": type(None),
     "passes": [{"name": str, "fired": int, "skipped": list, "notes": list}],
     "tensors": [
         {
