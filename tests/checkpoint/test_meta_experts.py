@@ -137,4 +137,5 @@ def test_a_nan_scale_is_refused_when_it_is_written(folders: Any, tmp_path: Path)
 
     path = Path(shutil.copytree(folders["fp8", 1], tmp_path / "ckpt"))
     scales_of(path, lambda s: s[W1].fill_(float("nan")))
-    assert_refused(lambda: convert(ConvertOptions(path, tmp_path / "out", recipe="none")), ["NaN", KEY])
+    options = ConvertOptions(path, tmp_path / "out", recipe="none")
+    assert_refused(lambda: convert(options), ["NaN", W1, "fp8_scales_0.pt"])
