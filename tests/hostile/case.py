@@ -34,14 +34,14 @@ class Family:
         cases: By name; a name says what is wrong.
         command: Arguments; ``{input}``, ``{out}`` and ``{room}`` (the folder that holds both) are replaced.
         exit_code: 3, bad input, or 4, a check that failed.
-        control: Whether the undamaged input can be run here (what needs minutes or a GPU cannot).
+        real: Whether its first case also runs as a user runs it; one family of a kind is enough.
     """
 
     base: Callable[[Path], object]
     cases: Mapping[str, Case]
     command: tuple[str, ...] = ("convert", "{input}", "--output", "{out}", "--recipe", "none")
     exit_code: int = 3
-    control: bool = True
+    real: bool = True
 
 
 def harmless(damage: Damage) -> Case:

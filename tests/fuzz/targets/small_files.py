@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.hf_config import read_config
 from l4convert.checkpoint.templates import check_sidecar
 from l4convert.runtime.client_files import client_files
@@ -28,7 +30,12 @@ def parse_sidecar(data: bytes) -> None:
 
 def parse_generation(data: bytes) -> None:
     """What public clients' files are made of."""
-    client_files(read_config(checkpoint_folder() / "config.json"), "growing", [_generation(data)])
+    client_files(_decoder(), "growing", [_generation(data)])
+
+
+@functools.cache
+def _decoder() -> DecoderConfig:
+    return read_config(checkpoint_folder() / "config.json")
 
 
 def parse_tokenizer(data: bytes) -> None:

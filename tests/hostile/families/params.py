@@ -52,6 +52,7 @@ def copied(file: str) -> Callable[[Path], object]:
 
 FAMILY = Family(
     base=meta_checkpoint,
+    real=False,
     cases=cases(
         {
             **{

@@ -185,7 +185,7 @@ FAMILY = Family(
     base=meta_checkpoint,
     cases=cases(
         {
-            **{dotted: gadget(dotted) for dotted in GADGETS},
+            **{dotted: gadget(dotted) for dotted in GADGETS[::8]},  # test_gadgets.py has them all
             **FORMS,
             "in another file": (other_file, ("consolidated.01.pth",)),
         }

@@ -42,6 +42,7 @@ def data(change: bytes) -> tuple[Damage, tuple[str, ...]]:
 ENTRIES = {key: value.pickled() for key, value in tensors().items()}
 FAMILY = Family(
     base=meta_checkpoint,
+    real=False,
     cases=cases(
         {
             "a storage that is missing": having(key=text("999")),

@@ -157,6 +157,7 @@ def strategies() -> dict[str, tuple[Damage, tuple[str, ...]]]:
 
 FLOATS = Family(
     base=float_checkpoint,
+    real=False,
     cases=cases(
         {
             "a code that is NaN": put(WEIGHT, 0x7F),
@@ -200,6 +201,7 @@ def norm_in_fp8(content: dict[str, np.ndarray]) -> None:
 
 FBGEMM = Family(
     base=fbgemm_checkpoint,
+    real=False,
     cases=cases(
         {
             "a code that is NaN": put(WEIGHT, 0x7F),
@@ -250,6 +252,7 @@ def fill(value: Any) -> Callable[[Path], None]:
 
 MODELOPT_FAMILY = Family(
     base=modelopt_checkpoint,
+    real=False,
     cases={
         "a pattern that takes long": harmless(
             edit_json(MODELOPT, lambda content: content["quantization"].update(exclude_modules=["*a" * 2000 + "*"]))
