@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from l4convert.checkpoint.adapters import AppliedAdapter
-from l4convert.checkpoint.text import show
+if TYPE_CHECKING:
+    from l4convert.checkpoint.adapters import AppliedAdapter
 
 
 def adapters_payload(adapters: Sequence[AppliedAdapter]) -> list[dict[str, Any]]:
@@ -28,5 +28,7 @@ def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _entry(entry: Any) -> str:
     if not isinstance(entry, dict):
         return "(unreadable)"
+    from l4convert.checkpoint.text import show
+
     merged, replaced = show(entry.get("merged")), show(entry.get("replaced"))
     return f"{show(entry.get('folder'))}: merged into {merged} tensors, {replaced} replaced"

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l4convert.checkpoint.text import is_address
 from l4convert.cli._render import size
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def network_rows(traffic: Traffic | None) -> list[tuple[str, object]]:
 
 def local_folder(checkpoint: Path, settings: Settings) -> Path:
     """The folder of a CKPT that has to be on this machine; how much is to be downloaded is said before it is."""
+    from l4convert.checkpoint.text import is_address
+
     if not is_address(checkpoint):
         return checkpoint
     from l4convert.checkpoint.hub import local_checkpoint

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from l4convert.checkpoint.text import address_text
 from l4convert.cli import _conversion
 from l4convert.cli._adapters import adapter_rows, adapters_payload
 from l4convert.cli._conversion import conversion_options
@@ -95,6 +94,8 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
 
 def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) -> str:
     """What was written, what the passes did, and the command to run next."""
+    from l4convert.checkpoint.text import address_text
+
     summary = fields(
         [
             ("wrote", result.output),

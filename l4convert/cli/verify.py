@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from l4convert.checkpoint.text import and_more
 from l4convert.cli._render import size
 from l4convert.cli._settings import global_options, settings_of
 from l4convert.errors import CheckFailed
@@ -27,6 +26,7 @@ Exit code 0 when every file and tensor has the digest in the manifest; 4 when on
 @click.pass_context
 def command(ctx: click.Context, artifact: Path) -> None:
     """Check every file and tensor of the artifact in folder OUT against the manifest's SHA-256 digests."""
+    from l4convert.checkpoint.text import and_more
     from l4convert.emit import verify_artifact
 
     settings = settings_of(ctx)

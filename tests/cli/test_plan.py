@@ -44,6 +44,8 @@ SCHEMA: dict[str, Any] = {
     "tensor_count": int,
     "kinds": [{"kind": str, "tensors": int, "bytes": int}],
     "files": dict,
+    "adapters": list,
+    "network": type(None),
     "shared": type(None),
     "disk": {"needed_bytes": int, "folder": str, "free_bytes": int, "missing_bytes": int},
     "memory": {
