@@ -10,7 +10,7 @@ EXTRAS := dev,reference
 # Compiled into the editable package when it is installed.
 KERNELS := $(wildcard l4convert/quantization/native*.cpp l4convert/quantization/native*.h)
 
-.PHONY: help venv test lint format demo plugins gpu gpu-environment clean
+.PHONY: help venv test lint format fuzz demo plugins gpu gpu-environment clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -38,6 +38,9 @@ lint: $(STAMP) ## Check style, formatting and types
 format: $(STAMP) ## Rewrite the sources to the project's format
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+fuzz: $(STAMP) ## Fuzz the parsers for a minute (ARGS="config --runs 1000000" for one of them, longer)
+	$(BIN)/python -m tests.fuzz.run $(or $(ARGS),--seconds 60 --jobs 2)
 
 demo: $(STAMP) ## Convert the bundled model to INT4 and FP8, validate both, generate text
 	$(BIN)/python examples/01_convert_nano_scout/run.py

@@ -68,7 +68,7 @@ def match_attention(softmax: ir.Node) -> Found:
         raise Mismatch("keys have a past and values have not, or the other way round")
     if sides[0][3:] != sides[1][3:]:
         raise Mismatch("keys and values have different heads")
-    if not np.isclose(scale, sides[0].width ** -0.5, rtol=_ROUNDED.get(query.dtype, 1e-5)):
+    if not np.isclose(scale, sides[0].width ** -0.5, rtol=_ROUNDED.get(query.dtype or ir.DataType.FLOAT, 1e-5)):
         raise Mismatch(f"scores are scaled by {scale:g}, not by 1/sqrt({sides[0].width})")
     turned = made_by(query, "Transpose")
     require_perm(turned, [0, 2, 1, 3])

@@ -118,9 +118,8 @@ def _positions(b: Builder, form: MaskForm, found: Found) -> ir.Value:
     real = b.op("Cast", mask, to=int(ir.DataType.BOOL))
     ones = b.op("Cast", real, to=int(ir.DataType.INT64))
     seen = b.op("CumSum", ones, b.constant(1))
-    padding = b.op(
-        "Less", seen, b.op("ReduceSum", ones, b.constant([1]), keepdims=1)
-    )  # or a token; not behind the last
+    # Or a token; nothing behind the last one.
+    padding = b.op("Less", seen, b.op("ReduceSum", ones, b.constant([1]), keepdims=1))
     counted = place
     if form.from_first_token or not form.chunk_size:
         before = b.op("Equal", seen, b.constant(0))

@@ -158,6 +158,11 @@ def _recipe(options: OptimizeOptions) -> Recipe:
             f"recipe {recipe.name} quantizes caches, and those of an exported graph stay as they are",
             "take the [kv_cache] table out, or convert the checkpoint itself",
         )
+    if any(rule.scheme.kind == "keep" for rule in recipe.rules):
+        raise UsageError(
+            f"recipe {recipe.name} keeps the codes of a quantized checkpoint, and an ONNX model is not read for them",
+            "give --recipe none, int4, fp8 or a file of your own",
+        )
     return recipe
 
 
@@ -215,6 +220,8 @@ def _count(model: ir.Model) -> int:
 
 def _forget_notes(model: ir.Model) -> None:
     """Take out what an exporter noted at nodes and values: stack traces of the machine it ran on."""
+    for name in [name for name in model.graph.metadata_props if name.startswith("pkg.")]:
+        del model.graph.metadata_props[name]
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
         for node in ir.traversal.RecursiveGraphIterator(graph):
             node.metadata_props.clear()
@@ -265,7 +272,8 @@ def _notes(model: ir.Model, reports: tuple[PassReport, ...], recipe: Recipe) -> 
             f"recipe {recipe.name} quantized nothing: its patterns name no weight that a product takes, such as"
             f" {recipe.rules[0].pattern}; write a recipe with this model's names (`--recipe FILE.toml`)"
         )
-    if fired.get("outline_exported_attention"):
+    masked = any("mask" in (value.name or "") for value in model.graph.inputs)
+    if masked and fired.get("outline_exported_attention"):
         notes.append(
             "tokens that the attention mask leaves out get other logits than before, which mean nothing before or after"
         )

@@ -53,7 +53,7 @@ def test_an_artifact_has_metas_logits_over_chunk_boundaries(maverick: Path, arti
     assert judged["notes"] == [
         "The text is random tokens (seed 0): equality is measured, perplexity and KL on real text are not."
     ]
-    assert all(row["boundaries"] > 0 and row["max_abs_logit"] < 1e-4 for row in judged["rows"])
+    assert all(row["boundaries"] > 0 and row["reference"]["max_abs_logit"] < 1e-4 for row in judged["rows"])
 
 
 def test_an_artifact_has_every_file_that_clients_need(artifact: Path, capsys: Capture) -> None:

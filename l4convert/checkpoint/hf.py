@@ -188,6 +188,10 @@ def _check_names(
     if missing:
         what = f"tensor '{layout.stored(missing[0])}' is missing{and_more(len(missing) - 1)}"
         raise InputError(f"{show(listing)}: {what}", _missing_hint(missing, stored))
+    twice = [tensor for name, tensor in tensors.items() if name in made]
+    if twice:
+        what = f"tensor '{show(twice[0].key)}' is there twice, once quantized{and_more(len(twice) - 1)}"
+        raise InputError(f"{show(twice[0].file)}: {what}", DOWNLOAD_HINT)
     unexpected = [tensor for name, tensor in tensors.items() if name not in expected]
     if unexpected:
         what = f"tensor '{show(unexpected[0].key)}' is not one this config has{and_more(len(unexpected) - 1)}"

@@ -258,9 +258,11 @@ class Transposed(Derived):
         return self.parts[0].tile(batch, cols, rows).T
 
     def packed(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
-        if rows.start % 2 or cols.stop % 2:  # its source has no whole bytes there
+        if cols.stop % 2:
             return super().packed(batch, rows, cols)
-        return transpose_packed(self.parts[0].packed(batch, cols, rows))[: rows.stop - rows.start]
+        skipped = rows.start % 2  # its source has whole bytes only
+        turned = transpose_packed(self.parts[0].packed(batch, cols, slice(rows.start - skipped, rows.stop)))
+        return turned[skipped : skipped + rows.stop - rows.start]
 
 
 def transposed(part: LazyTensor) -> LazyTensor:

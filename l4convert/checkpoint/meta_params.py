@@ -36,7 +36,8 @@ def read_params(path: Path, vocab_rows: int) -> DecoderConfig:
     """
     file = show(path)
     params = Fields(parse_object(read_bytes(path, MAX_CONFIG_BYTES), file), file)
-    params = params.object("model") or params  # some releases nest what others have at the top
+    if not params.has("dim"):
+        params = params.object("model") or params  # some releases nest what others have at the top
     for key in _REFUSED:
         if params.has(key):
             params.fail(key, "is set: such checkpoints are not supported", "convert the BF16 original")

@@ -107,7 +107,14 @@ class Prequantized(Derived):
         zero_points = self.zero_points
         if zero_points is not None:
             product -= zero_points.tile(batch, rows, blocks).astype(np.float32)[:, columns]
-        product *= self.scales.tile(batch, rows, blocks).astype(np.float32)[:, columns]
+        scales = self.scales.tile(batch, rows, blocks).astype(np.float32)
+        if broken := scales.size - int(np.count_nonzero(np.isfinite(scales))):
+            raise InputError(
+                f"{self.scales.origin} has {broken} NaN or infinite values in rows {rows.start} to {rows.stop - 1}",
+                "the checkpoint is damaged: compare its files' digests with the publisher's",
+            )
+        with np.errstate(over="ignore"):  # what is infinite then is refused where it is used
+            product *= scales[:, columns]
         return product
 
     def _columns(self, cols: slice) -> tuple[np.ndarray, slice]:

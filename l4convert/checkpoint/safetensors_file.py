@@ -29,8 +29,8 @@ from l4convert.errors import InputError
 
 # The reference implementation's own limit (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
-# In a file, and in all files of a checkpoint. The most that a known one has are the 46,080 of Maverick's experts, one by
-# one and quantized with all five tensors that a weight can then have.
+# In a file, and in all files of a checkpoint. Known ones have at most the 46,080 of Maverick's experts, one by one
+# and quantized, with all five tensors that a weight can then have.
 MAX_TENSORS = 1 << 16
 MAX_RANK = 8
 MAX_DIM = 2**62

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # publishes no types
 
+from l4convert.emit.onnx_file import parse_onnx
 from l4convert.errors import InputError
 
 MAX_MODEL_BYTES = (1 << 31) - 1  # protobuf's own limit
@@ -47,12 +47,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     """
     if path.stat().st_size > MAX_MODEL_BYTES:
         raise InputError(f"{path.name}: is larger than an ONNX file can be")
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(path.read_bytes())
-    except DecodeError:
-        raise InputError(f"{path.name}: is not an ONNX model") from None
-    return model
+    return parse_onnx(path, path.name)
 
 
 def _of_graph(graph: onnx.GraphProto) -> Iterator[ExternalRef]:

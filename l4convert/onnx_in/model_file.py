@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # publishes no types
 
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.text import require_file, show
+from l4convert.emit.onnx_file import parse_onnx
 from l4convert.errors import InputError
 from l4convert.onnx_in.structure import check_model, graphs_of
 from l4convert.onnx_in.tensors import Tensors
@@ -68,11 +68,8 @@ def _parse(path: Path) -> onnx.ModelProto:
     size = require_file(path, _HINT)
     if not 0 < size <= MAX_MODEL_BYTES:
         raise InputError(f"{show(path)}: {size:,} bytes; an ONNX model has 1 to {MAX_MODEL_BYTES:,}", _HINT)
-    proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise InputError(f"{show(path)}: is not an ONNX model", _HINT) from error
+        proto = parse_onnx(path, show(path))
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be read: {show(error.strerror)}") from error
     if not proto.HasField("graph") or not proto.ir_version:

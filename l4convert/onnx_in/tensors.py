@@ -185,6 +185,8 @@ class Tensors:
             raise self.refuse(what, f"{show(location)}: {show(reason)}", "copy it beside the model") from error
         if not stat.S_ISREG(status.st_mode):
             raise self.refuse(what, f"{show(location)} is not a file")
+        if os.path.samestat(status, self.path.stat()):
+            raise self.refuse(what, f"{show(location)} is the model itself")
         return FileState(file, status.st_size, status.st_mtime_ns)
 
 

@@ -13,6 +13,7 @@ from l4convert.emit import adapter_digests, read_manifest, source_digests
 from l4convert.emit.manifest import same_sources
 from l4convert.frontend.rope import inverse_frequencies
 from l4convert.parity.in_steps import InSteps
+from l4convert.parity.meta_reference import MetaReference
 from l4convert.parity.metrics import Comparison
 from l4convert.parity.open_reference import CheckpointReference
 from l4convert.parity.outcome import TextUsed
@@ -47,13 +48,18 @@ def batch_notes(way: Way, max_batch: int | None) -> Iterator[str]:
         yield f"Padded batches were not compared: they have {texts} texts, and what ran takes {max_batch} at once."
 
 
-def step_notes(way: Way, config: DecoderConfig) -> Iterator[str]:
-    """How long windows were fed."""
+def step_notes(way: Way, config: DecoderConfig, reference: object) -> Iterator[str]:
+    """How long windows were fed to the artifact and to the reference."""
     if isinstance(way, InSteps):
         length = len(way.windows[0])
+        how = (
+            "each of which computed the text anew from its beginning"
+            if isinstance(reference, MetaReference)
+            else "with its own cache and scaled_dot_product_attention"
+        )
         yield (
             f"Windows of {length} tokens are too long for one call: the reference was fed them in steps of at most "
-            f"{max(reference_steps(length, config))} tokens, with its own cache and scaled_dot_product_attention."
+            f"{max(reference_steps(length, config))} tokens, {how}."
         )
         if way.beginning:
             yield (

@@ -203,7 +203,7 @@ def compare(
         notes=(
             *text_notes(used, len(windows[0]), info.config.attention_chunk_size),
             *batch_notes(way, max_batch),
-            *step_notes(way, info.config),
+            *step_notes(way, info.config, reference),
         ),
     )
 

@@ -85,7 +85,7 @@ def group_elements(group: Iterable[PlannedTensor]) -> int:
 
 def _elements_used(tensor: ir.TensorProtocol, leaf: LazyTensor) -> int:
     """How many elements of one of its leaves a tensor is computed from: a member of a stack uses its share."""
-    while isinstance(tensor, Derived):
+    while isinstance(tensor, Derived) and tensor is not leaf:
         if isinstance(tensor, Member):
             return leaf.size // max(1, tensor.parts[0].matrix[0])
         tensor = tensor.parts[0]
@@ -93,8 +93,8 @@ def _elements_used(tensor: ir.TensorProtocol, leaf: LazyTensor) -> int:
 
 
 def _leaves(tensor: ir.TensorProtocol) -> Iterator[LazyTensor]:
-    """The tensors of the checkpoint that a tensor is computed from."""
-    if isinstance(tensor, Derived):
+    """The tensors of the checkpoint that a tensor is computed from; of packed codes, the codes."""
+    if isinstance(tensor, Derived) and (len(tensor.parts) > 1 or tensor.parts[0].size >= tensor.size):
         for part in tensor.parts:
             yield from _leaves(part)
     elif isinstance(tensor, LazyTensor) and tensor.sources:

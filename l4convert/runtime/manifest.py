@@ -129,6 +129,8 @@ def _schemes(recipe: Any) -> frozenset[str]:
     """The schemes of a recipe's rules, "stored" for codes that are the checkpoint's own; none where only its name is
     known."""
     rules = recipe.get("rule", []) if isinstance(recipe, dict) else []
+    if not all(isinstance(rule, Mapping) for rule in rules):
+        raise TypeError("a rule of the recipe is no object")
     return frozenset(STORED if _is_exact(rule) else _name(rule["scheme"]) for rule in rules)
 
 

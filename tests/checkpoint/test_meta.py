@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from l4convert.checkpoint import Checkpoint, open_checkpoint
+from l4convert.pipeline import ConvertOptions, convert
 from tests.checkpoint.refusals import assert_refused
 from tests.checkpoints import save_sharded
 from tests.meta_checkpoints import (
@@ -129,16 +130,15 @@ def test_the_image_encoder_is_left_out(tmp_path: Path) -> None:
     assert {n: t.tobytes() for n, t in whole.tensors.items()} == {n: t.tobytes() for n, t in alone.tensors.items()}
 
 
-def test_the_same_weights_in_hugging_faces_form_give_the_same_tensors_and_config(
-    tmp_path: Path, states: dict[str, Any]
-) -> None:
+def test_the_same_weights_in_hugging_faces_form_give_the_same_artifact(tmp_path: Path, states: dict[str, Any]) -> None:
     """The config.json is the one that is made from params.json, so that reading it back is tested too."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     meta = open_checkpoint(write_meta(tmp_path / "meta", MAVERICK, published(states["maverick"]), 4))
     twin = tmp_path / "hf"
     twin.mkdir()
-    (twin / "config.json").write_bytes(meta.generated["config.json"])
+    for name in ("config.json", "generation_config.json"):
+        (twin / name).write_bytes(meta.generated[name])
     tensors = {name: value.contiguous().clone() for name, value in canonical(states["maverick"]).items()}
     save_sharded(twin, tensors, 1)
     model, loading = Llama4ForCausalLM.from_pretrained(
@@ -151,6 +151,10 @@ def test_the_same_weights_in_hugging_faces_form_give_the_same_tensors_and_config
     for name, value in model.state_dict().items():
         ours = meta.tensors[name].tobytes()
         assert ours == hf.tensors[name].tobytes() == value.contiguous().view(torch.uint8).numpy().tobytes(), name
+    for path in (tmp_path / "meta", twin):
+        convert(ConvertOptions(path, path.with_suffix(".out"), recipe="int4"))
+    for file in ("model.onnx", "model.safetensors", "config.json", "genai_config.json"):
+        assert (tmp_path / "meta.out" / file).read_bytes() == (tmp_path / "hf.out" / file).read_bytes(), file
 
 
 def test_a_folder_that_holds_both_formats_is_read_as_hugging_faces(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import ml_dtypes
@@ -58,6 +59,11 @@ def test_zero_points_are_taken_off_and_groups_looked_up() -> None:
     np.testing.assert_array_equal(tensor.numpy(), expected)
     np.testing.assert_array_equal(tensor.tile(0, slice(2, 3), slice(5, 9)), expected[2:3, 5:9])
     assert tensor.kind == "INT4 in groups of 8 in activation order with zero points"
+
+
+def test_plans_with_such_weights_travel_to_other_machines() -> None:
+    tensor = weight(groups=Constant(np.array([1, 0] * 8, np.int32)))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(tensor)).numpy(), tensor.numpy())  # our own
 
 
 def test_a_group_beyond_the_scales_is_refused() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 127, 128, 255, 4096, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64,
-    10**30, 0.0, 0.5, 1.0, -0.5, 1e-45, 1e308, math.nan, math.inf, -math.inf, "", "0", "a", "null", "../x", "/etc/passwd",
+    10**30, 0.0, 0.5, 1.0, -0.5, 1e-45, 1e308, math.nan, math.inf, -math.inf, "", "0", "a", "null", "../x",
+    "/etc/passwd",
     "\0", "\n", "\x1b[2J", "\ud800", "re:.*", "re:(a+)+$", "x" * 300, [], {}, [[]], [None], [0, 0], {"": 0}, [1] * 40,
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Fuzz targets in forks of one process, which instruments the parsers once: ``python -m tests.fuzz.one``.
 
-Reads requests, lines of JSON ``{"target": name, "options": [libFuzzer's], "log": file}``, and answers each with its exit
-code when that child has ended. Requests are worked on in the order in which they come, ``--jobs`` at a time.
+Reads requests, lines of JSON ``{"target": name, "options": [libFuzzer's], "log": file}``, and answers each with its
+exit code when that child has ended. Requests are worked on in the order in which they come, ``--jobs`` at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import atheris
 PARSERS = [
     "l4convert.checkpoint", "l4convert.emit", "l4convert.runtime", "l4convert.quantization.recipe",
     "l4convert.quantization.kv", "l4convert.parity.policy", "l4convert.targets.hardware", "l4convert.cli._config",
-    "l4convert.importing", "l4convert.optimizing",
+    "l4convert.onnx_in",
 ]  # fmt: skip
 
 with atheris.instrument_imports(include=PARSERS, enable_loader_override=False):

@@ -61,7 +61,13 @@ def fuzz(names: Sequence[str], seconds: int, runs: int, jobs: int, findings: Pat
         command = [sys.executable, "-m", "tests.fuzz.one", str(jobs)]
         env = {**os.environ, "TMPDIR": scratch}
         with subprocess.Popen(
-            command, cwd=REPO, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            cwd=REPO,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         ) as process:
             assert process.stdin is not None
             assert process.stdout is not None

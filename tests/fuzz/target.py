@@ -46,12 +46,17 @@ def check(parse: Callable[[bytes], object], data: bytes) -> None:
             assert len(line) <= LONGEST_MESSAGE, f"a message of {len(line)} characters"
 
 
+def folder_in_memory() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is removed with the object; in memory where there is a file system for that."""
+    shared = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="l4fuzz-", dir=shared if shared.is_dir() else None)
+
+
 class OneFile:
-    """A file that takes one input after the other, in memory where there is a file system for that."""
+    """A file that takes one input after the other."""
 
     def __init__(self, name: str) -> None:
-        shared = Path("/dev/shm")
-        self._folder = tempfile.TemporaryDirectory(prefix="l4fuzz-", dir=shared if shared.is_dir() else None)
+        self._folder = folder_in_memory()
         self.path = Path(self._folder.name) / name
 
     def __call__(self, data: bytes) -> Path:

@@ -16,7 +16,15 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-NAMES = {"float16": "F16", "float32": "F32", "uint16": "BF16", "uint8": "F8_E4M3", "int8": "I8", "int32": "I32"}
+NAMES = {
+    "float16": "F16",
+    "float32": "F32",
+    "uint16": "BF16",
+    "uint8": "F8_E4M3",
+    "int8": "I8",
+    "int32": "I32",
+    "int64": "I64",
+}
 
 Header = dict[str, Any]
 

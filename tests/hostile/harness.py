@@ -102,7 +102,11 @@ def problems(case: Case, family: Family, room: Path, run: Runner) -> list[str]:
     before = _snapshot(room)
     outcome = run(arguments(family, room), room)
     wanted = replace(case, exit_code=family.exit_code if case.exit_code is None else case.exit_code)
-    found = [*_wrong_text(wanted, outcome), *_wrong_use(outcome), *_left(room, before)]
+    found = _wrong_use(outcome)
+    if wanted.exit_code:
+        found += [*_wrong_text(wanted, outcome), *_left(room, before)]
+    elif outcome.code:
+        found.append(f"exit code {outcome.code}, not 0")
     return [*found, f"stderr: {outcome.stderr[:600]}", f"stdout: {outcome.stdout[:200]}"] if found else []
 
 

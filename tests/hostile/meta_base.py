@@ -1,4 +1,4 @@
-"""A valid checkpoint in Meta's format, written without torch, and damages to its pickle, its archive and its storages."""
+"""A valid checkpoint in Meta's format, written without torch, and damages to its pickle, its archive, its storages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from tests.hostile.torch_files import Entry, Tensor, archive, state, text, torch
 
 PTH = "consolidated.00.pth"
 PARAMS: Mapping[str, Any] = {
-    "dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 64, "ffn_exp": 1.5, "ffn_dim_multiplier": 1.0,
+    "dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 64, "ffn_exp": 1.5,
+    "ffn_dim_multiplier": 1.0,
     "multiple_of": 32, "norm_eps": 1e-5, "attention_chunk_size": 8, "rope_theta": 10000.0, "use_scaled_rope": False,
-    "nope_layer_interval": 4, "use_qk_norm": True, "attn_temperature_tuning": True, "floor_scale": 8.0, "attn_scale": 0.1,
+    "nope_layer_interval": 4, "use_qk_norm": True, "attn_temperature_tuning": True, "floor_scale": 8.0,
+    "attn_scale": 0.1,
     "moe_args": {"num_experts": 2, "capacity_factor": 1.0, "auto_scale_F": False, "top_k": 1},
 }  # fmt: skip
 WIDTH = 32  # of an expert: 2 * dim * ffn_exp / 3
@@ -43,7 +45,9 @@ FIRST, NORM = "tok_embeddings.weight", "norm.weight"
 def storages() -> dict[str, bytes]:
     """The bytes of every tensor, in half precision."""
     random = np.random.default_rng(0)
-    return {str(i): random.normal(0, 0.1, shape).astype(np.float16).tobytes() for i, shape in enumerate(SHAPES.values())}
+    return {
+        str(i): random.normal(0, 0.1, shape).astype(np.float16).tobytes() for i, shape in enumerate(SHAPES.values())
+    }
 
 
 def tensors() -> dict[str, Tensor]:

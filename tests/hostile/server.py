@@ -25,10 +25,11 @@ KILL_SECONDS = 20.0
 EXTRA_BYTES = 4 << 30
 # What the commands import when they run; a module that one version lacks is left out.
 PRELOAD = (
-    "l4convert.cli.convert", "l4convert.cli.inspect", "l4convert.cli.plan", "l4convert.cli.verify", "l4convert.pipeline",
-    "l4convert.cli._plan", "l4convert.cli._inspect_checkpoint", "l4convert.cli._inspect_artifact", "l4convert.emit",
-    "l4convert.cli.validate", "l4convert.parity", "l4convert.cli.optimize", "l4convert.optimizing",
-    "l4convert.checkpoint.meta", "l4convert.checkpoint.adapters", "tokenizers", "onnxruntime",
+    "l4convert.cli.convert", "l4convert.cli.inspect", "l4convert.cli.plan", "l4convert.cli.verify",
+    "l4convert.pipeline", "l4convert.cli._plan", "l4convert.cli._inspect_checkpoint",
+    "l4convert.cli._inspect_artifact", "l4convert.emit",
+    "l4convert.cli.optimize", "l4convert.optimizing", "l4convert.checkpoint.meta", "l4convert.checkpoint.adapters",
+    "tokenizers",
 )  # fmt: skip
 
 # Events that no refused file may cause.

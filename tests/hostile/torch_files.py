@@ -122,7 +122,8 @@ def archive(
         local = (entry.name if entry.local_name is None else entry.local_name).encode()
         if entry.offset is None:
             content += struct.pack("<4s5H3L2H", b"PK\x03\x04", 20, entry.flags, entry.method, 0, 0, crc,
-                                   packed & 0xFFFFFFFF, local_size & 0xFFFFFFFF, len(local), len(entry.extra))  # fmt: skip
+                                   packed & 0xFFFFFFFF, local_size & 0xFFFFFFFF, len(local),
+                                   len(entry.extra))  # fmt: skip
             content += local + entry.extra + entry.data
         row = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 20, 20, entry.flags, entry.method, 0, 0, crc,
                           packed & 0xFFFFFFFF, size & 0xFFFFFFFF, len(entry.name.encode()), len(entry.extra),

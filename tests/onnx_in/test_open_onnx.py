@@ -240,6 +240,13 @@ def test_other_files_are_refused(tmp_path, data):
         open_onnx(path)
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    path = save(tiny(), tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"bias", b"b\xb8as"))
+    with pytest.raises(InputError, match="is not UTF-8"):
+        open_onnx(path)
+
+
 def _field(number: int, data: bytes) -> bytes:
     """A message in a message, as protobuf writes it."""
     length, prefix = len(data), bytearray([number << 3 | 2])

@@ -6,14 +6,18 @@ A method is named by ``quant_method`` of ``quantization_config`` in config.json,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import onnx_ir as ir
+
+from l4convert.checkpoint.lazy import LazyTensor, cast
 from l4convert.checkpoint.quantized import compressed_tensors, fbgemm, modelopt
-from l4convert.checkpoint.quantized.source import Reader, ReadWeights, Source
+from l4convert.checkpoint.quantized.source import FLOAT_SCALES, Reader, ReadWeights, Source, checked
 from l4convert.checkpoint.text import quote
 
 __all__ = ["METHODS", "ReadWeights", "Reader", "Source", "read_quantized"]
 
+EXPERTS = ".feed_forward.experts."
 # Value of ``quant_method`` -> what reads it.
 METHODS: Mapping[str, Reader] = {
     compressed_tensors.NAME: compressed_tensors.read,
@@ -37,4 +41,18 @@ def read_quantized(method: object, source: Source) -> ReadWeights:
     if reader is None:
         known = ", ".join(METHODS)
         source.config.fail("quant_method", f"is {quote(method)}: that cannot be read", f"supported: {known}")
-    return reader(source)
+    read = reader(source)
+    return ReadWeights({**read.tensors, **dict(_other_experts(read.tensors, source))}, read.words)
+
+
+def _other_experts(made: Mapping[str, LazyTensor], source: Source) -> Iterator[tuple[str, LazyTensor]]:
+    """Experts that are not quantized beside others of their layer that are: of the same type, so that they can be
+    stacked."""
+    layers = {name.partition(EXPERTS)[0] for name in made if EXPERTS in name}
+    for name, shape in source.expected.items():
+        stem, experts, _ = name.partition(EXPERTS)
+        stored = source.stored.get(name)
+        if experts and stem in layers and stored is not None:
+            checked(stored, FLOAT_SCALES, shape)
+            source.take(name)
+            yield name, cast(stored, ir.DataType.FLOAT)

@@ -23,6 +23,7 @@ def read(source: Source) -> ReadWeights:
     tensors: dict[str, LazyTensor] = {}
     for weight, shape in source.expected.items():
         if f"{weight}_scale" in source.stored:
+            source.require_axes(weight, f"{weight}_scale")
             tensors[weight] = _weight(source, weight, shape)
     return ReadWeights(tensors, summary(NAME, tensors, source.expected))
 

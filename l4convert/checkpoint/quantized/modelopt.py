@@ -12,9 +12,10 @@ found by calibration.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 import numpy as np
 import onnx_ir as ir
@@ -54,7 +55,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "W4A16_NVFP4": Algorithm((E2M1_PAIRS,)),
     "MIXED_PRECISION": Algorithm((E4M3, E2M1_PAIRS)),
 }
-MAX_PATTERNS = 256
+# Of all patterns together. Matching takes time that grows with their length, but no faster: Python compiles ``*`` to a
+# group that is not entered again.
+MAX_CHARACTERS = 10_000
 
 
 def read(source: Source) -> ReadWeights:
@@ -67,6 +70,7 @@ def read(source: Source) -> ReadWeights:
         scale = _side(weight, "weight_scale")
         if scale not in source.stored:
             continue
+        source.require_axes(weight, scale)
         excluded.refuse(source.layout.stored(weight.removesuffix(".weight")))
         tensors[weight] = _weight(source, weight, shape, algorithm)
     return ReadWeights(tensors, summary(NAME, tensors, source.expected) + take_unused(source))
@@ -133,12 +137,14 @@ class _Excluded:
         wrong = next((item for item in given if not isinstance(item, str)), None)
         if wrong is not None:
             config.fail(self._key, f"has {quote(wrong)}, which is no text")
-        self._patterns = [item for item in given if set(item) & set("*?[")]
-        self._names = frozenset(given) - frozenset(self._patterns)
-        if len(self._patterns) > MAX_PATTERNS:
-            config.fail(self._key, f"has {len(self._patterns):,} patterns, more than {MAX_PATTERNS}")
+        patterns = [item for item in given if set(item) & set("*?[")]
+        total = sum(map(len, patterns))
+        if total > MAX_CHARACTERS:
+            config.fail(self._key, f"has patterns of {total:,} characters in all, more than {MAX_CHARACTERS:,}")
+        self._names = frozenset(given) - frozenset(patterns)
+        self._pattern = re.compile("|".join(map(translate, patterns)) or "(?!)")
 
     def refuse(self, module: str) -> None:
         """Refuse a module that is listed, but stored quantized all the same."""
-        if module in self._names or any(fnmatchcase(module, pattern) for pattern in self._patterns):
+        if module in self._names or self._pattern.match(module):
             self._config.fail(self._key, f"names '{show(module)}', which the checkpoint has quantized all the same")

@@ -51,7 +51,9 @@ class Unpacked(Derived):
     def _bytes(self, batch: int, rows: slice, start: int, stop: int, odd: bool = False) -> np.ndarray:
         """Bytes from ``start`` to ``stop`` of rows, in two's complement; ``odd``: the last upper nibble is to be 0."""
         words = self.parts[0].tile(batch, rows, slice(start // 4, -(-stop // 4)))
-        stored = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+        if words.strides[1] != words.itemsize:  # read column by column: bytes of a row have to be neighbours
+            words = np.ascontiguousarray(words)
+        stored = words.astype("<i4", copy=False).view(np.uint8)
         begin = start - start // 4 * 4
         result: np.ndarray = stored[:, begin : begin + stop - start] ^ _FLIP[self._bits]
         if odd:

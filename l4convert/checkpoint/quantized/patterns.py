@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from importlib import import_module
+from math import factorial
 from typing import Any
 
 from l4convert.checkpoint.text import quote
@@ -20,11 +21,11 @@ MAX_CHARACTERS = 1000
 #: More expressions in one list are refused.
 MAX_EXPRESSIONS = 256
 # What a list may cost for all names that it is asked about, in nanoseconds or so: a few seconds. Nine thousand modules
-# (Maverick's experts) times five patterns of the usual kind cost a third of it.
+# (Maverick's experts) times one expression with three repetitions, or twenty with two, cost half of it.
 _BUDGET = 1_000_000_000
 _STEP_COST = 1000  # of our own matcher
-# With n repetitions, none inside another, Python takes at most (characters of the name)^n steps.
-_FEW = 2
+# With n repetitions, none inside another, Python takes about (characters of the name)^n / n! steps at most.
+_FEW = 3
 _PARSER: Any = import_module("re._parser")  # the standard library's own parser has no public name
 
 
@@ -66,7 +67,7 @@ class Patterns:
         if name in self._names or not self._names.isdisjoint(kinds):
             return True
         for expression, repeats in self._simple:
-            self._budget.spend(max(1, len(name)) ** repeats)
+            self._budget.spend(max(1, len(name)) ** repeats // factorial(repeats))
             if expression.match(name):
                 return True
         return any(_Matcher(self._budget).match(text, items, name) for text, items in self._others)
@@ -87,11 +88,13 @@ def _parsed(expression: str) -> Any:
 def _is_simple(items: Any) -> bool:
     bodies = [argument[2] for op, argument in items if str(op) in _REPEATS]
     others = {str(op) for op, _ in items} - _REPEATS
-    return len(bodies) <= _FEW and all(map(_is_single, bodies)) and others <= {*_SINGLE, "AT"}
+    return _repeats(items) <= _FEW and all(map(_is_single, bodies)) and others <= {*_SINGLE, "AT"}
 
 
 def _repeats(items: Any) -> int:
-    return sum(str(op) in _REPEATS for op, _ in items)
+    """How many repetitions there are; one at the end that may be empty decides nothing."""
+    ends_freely = bool(items) and str(items[-1][0]) in _REPEATS and items[-1][1][0] == 0
+    return sum(str(op) in _REPEATS for op, _ in items) - ends_freely
 
 
 def _is_single(body: Any) -> bool:

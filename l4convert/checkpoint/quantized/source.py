@@ -57,6 +57,16 @@ class Source:
         neighbour = next((t for other, t in self.stored.items() if other.startswith(stem + ".")), None)
         return self.config.file if neighbour is None else where(neighbour)
 
+    def require_axes(self, weight: str, side: str) -> None:
+        """See that a weight beside which something of a quantized one is stored can be quantized.
+
+        Raises:
+            InputError: It has one axis, as norms have; names the tensor ``side``.
+        """
+        if len(self.expected[weight]) < 2:
+            what = f"'{show(self.layout.stored(weight))}' has one axis, and such weights are not quantized"
+            raise InputError(f"{where(self.stored[side])}: {what}", _HINT)
+
     def weights(self) -> Iterator[str]:
         """Canonical names of the weights that are not stored as such, so that a reader must make them."""
         return (name for name in self.expected if name not in self.stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tracemalloc
 
 import ml_dtypes
@@ -59,6 +60,10 @@ def test_an_update_of_one_matrix_and_some_columns_changes_nothing_else() -> None
 def test_columns_of_a_matrix() -> None:
     matrix = constant(6, 10)
     np.testing.assert_array_equal(Columns(matrix, slice(3, 8)).numpy(), matrix.numpy()[:, 3:8])
+
+
+def test_it_can_be_sent_to_another_process() -> None:
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(EXPERTS)).numpy(), WHOLE)
 
 
 def test_a_merged_weight_is_told_from_others() -> None:

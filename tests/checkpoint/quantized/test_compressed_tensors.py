@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no scales": (drop("weight_scale"), ["weight_scale", "missing"]),
     "no codes": (drop("weight_packed"), ["weight_packed", "missing"]),
     "no shape": (drop("weight_shape"), ["weight_shape", "missing"]),
-    "other shape": (put("weight_shape", torch.tensor([64, 60])), ["weight_shape", "[64, 60]", "[64, 64]"]),
+    "shape of three": (put("weight_shape", torch.tensor([64, 64, 1])), ["weight_shape", "[3]", "[2]"]),
     "codes of another shape": (put("weight_packed", torch.zeros(64, 7, dtype=torch.int32)), ["[64, 7]", "[64, 8]"]),
     "codes of another type": (put("weight_packed", torch.zeros(64, 8)), ["weight_packed", "F32", "I32"]),
     "scales of another type": (put("weight_scale", torch.zeros(64, 2).double()), ["weight_scale", "F64"]),
@@ -178,6 +178,37 @@ def test_a_damaged_checkpoint_is_refused(
     shutil.copytree(packed, path)
     damage(path)
     assert_refused(lambda: open_checkpoint(path), mentions)
+
+
+def test_a_shape_is_read_where_rows_do_not_fill_their_words(tmp_path: Path) -> None:
+    odd = {"num_hidden_layers": 1, "num_local_experts": 2, "intermediate_size": 36}
+    source = write_random_checkpoint(tmp_path / "source", **odd)
+    path = compress(source, tmp_path / "checkpoint", {**W4A16, "strategy": "channel", "group_size": None}, ignore=ALL)
+    name = "model.layers.0.feed_forward.shared_expert.down_proj"
+    np.testing.assert_array_equal(
+        open_checkpoint(path).tensors[f"{name}.weight"].numpy(), decompressed(path)[f"{name}.weight"].numpy()
+    )
+    edit(path, lambda t: t.update({f"{name}.weight_shape": torch.tensor([64, 40])}))
+    assert_refused(lambda: open_checkpoint(path), ["weight_shape", "[64, 40]", "[64, 36]"])
+
+
+def test_experts_of_a_layer_have_one_type(source: Path, tmp_path: Path) -> None:
+    """Else they could not be stacked, and each would be a product of its own in the graph."""
+    path = compress(source, tmp_path / "checkpoint", ignore=(*ALL, r"re:.*layers\.1\.feed_forward\.experts\.1\..*"))
+    expected, checkpoint = decompressed(path), open_checkpoint(path)
+    experts = {name: tensor for name, tensor in checkpoint.tensors.items() if ".experts." in name}
+    assert {tensor.dtype.name for tensor in experts.values()} == {"FLOAT"}
+    for name, tensor in experts.items():
+        np.testing.assert_array_equal(tensor.numpy(), expected[name].float().numpy())
+
+
+def test_scales_that_are_not_finite_are_refused_by_name(packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    shutil.copytree(packed, path)
+    edit(path, lambda t: t[f"{Q_PROJ}.weight_scale"][3].fill_(float("nan")))
+    tensor = open_checkpoint(path).tensors[f"{Q_PROJ}.weight"]
+    with pytest.raises(InputError, match=r"weight_scale' has 2 NaN or infinite values in rows 0 to 63"):
+        tensor.numpy()
 
 
 def test_a_group_that_has_no_scales_is_refused_when_it_is_read(packed: Path, tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def test_what_cannot_be_used_is_refused(patterns: list[str], mentions: str) -> N
         Patterns(patterns).match("aab")
 
 
+def test_the_experts_of_maverick_are_no_trouble() -> None:
+    stem = "language_model.model.layers.{}.feed_forward.experts.{}.{}_proj"
+    names = [stem.format(i, e, p) for i in range(1, 48, 2) for e in range(128) for p in ("gate", "up", "down")]
+    usual = ("lm_head", "self_attn", "router", "experts.*gate.*", "experts.*up.*proj")
+    patterns = Patterns([*(f"re:.*{text}" for text in usual), "re:vision_model.*"])
+    assert sum(map(patterns.match, names)) == 2 * len(names) // 3
+
+
 def test_all_names_together_have_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BUDGET", 20_000_000)
     patterns = Patterns(["re:(?:(?:a|b|.)*.)*x"])

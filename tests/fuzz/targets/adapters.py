@@ -42,7 +42,9 @@ ADAPTER_CONFIG = Target(
     lambda data: read_adapter_config(_config(data)),
     lambda: [
         json.dumps(CONFIG).encode(),
-        json.dumps({**CONFIG, "target_modules": "all-linear", "target_parameters": ["mlp.experts.gate_up_proj"]}).encode(),
+        json.dumps(
+            {**CONFIG, "target_modules": "all-linear", "target_parameters": ["mlp.experts.gate_up_proj"]}
+        ).encode(),
         json.dumps({**CONFIG, "target_modules": r".*\.(q|v)_proj", "modules_to_save": ["lm_head"]}).encode(),
     ],
     tuple(f'"{key}"' for key in CONFIG),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from l4convert.emit.journal import SCHEMA, new_digest, read_journal
 from l4convert.emit.verify import verify_artifact
 from l4convert.runtime.manifest import read_artifact
 from tests.emit.models import Weight, holder, values
-from tests.fuzz.target import OneFile, Target
+from tests.fuzz.target import OneFile, Target, folder_in_memory
 from tests.fuzz.targets.checkpoints import checkpoint_folder
 
+_folder = folder_in_memory()
 _graph = OneFile("model.onnx")
 _journal = OneFile("journal")
 
@@ -27,7 +27,7 @@ _journal = OneFile("journal")
 @functools.cache
 def artifact_folder() -> Path:
     """A valid artifact that lives as long as the process, with a graph of one product: small, so that it is quick."""
-    folder = Path(tempfile.mkdtemp(prefix="l4fuzz-")) / "artifact"
+    folder = Path(_folder.name) / "artifact"
     weight = Weight(values(ir.DataType.FLOAT16, (4, 8)))
     write_artifact(holder({"w": weight}), folder, manifest=_facts())
     return folder
@@ -66,9 +66,7 @@ def journal_seeds() -> list[bytes]:
     return [first, first + lines, first + lines + b"\0" * 40, first + lines[:-10]]
 
 
-MANIFEST = Target(
-    lambda data: read_artifact(_with_manifest(data)), lambda: [manifest()], form="json", longest=1 << 15
-)
+MANIFEST = Target(lambda data: read_artifact(_with_manifest(data)), lambda: [manifest()], form="json", longest=1 << 15)
 VERIFY = Target(
     lambda data: verify_artifact(_with_manifest(data)).as_dict(), lambda: [manifest()], form="json", longest=1 << 15
 )

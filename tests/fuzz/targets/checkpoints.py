@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from pathlib import Path
 
 from l4convert.checkpoint.hf import _read_index
 from l4convert.checkpoint.hf_config import read_config
 from l4convert.checkpoint.safetensors_file import DTYPES, open_safetensors
-from tests.fuzz.target import OneFile, Target
+from tests.fuzz.target import OneFile, Target, folder_in_memory
 from tests.hostile import bases, files
 
 DATA_BYTES = 64
 READ_BYTES = 1 << 16
 
+_folder = folder_in_memory()
 _shard = OneFile("model.safetensors")
 _index = OneFile(files.INDEX)
 _config = OneFile("config.json")
@@ -57,7 +57,9 @@ SAFETENSORS = Target(
 INDEX = Target(
     lambda data: _read_index(_index(data)),
     lambda: [
-        json.dumps({"metadata": {"total_size": 1}, "weight_map": {files.EMBED: files.FIRST, "b": files.SECOND}}).encode(),
+        json.dumps(
+            {"metadata": {"total_size": 1}, "weight_map": {files.EMBED: files.FIRST, "b": files.SECOND}}
+        ).encode(),
         b'{"weight_map": {"a": "model.safetensors"}}',
     ],
     ('"weight_map"', '"metadata"', "../", "\\u0000", "safetensors"),
@@ -97,6 +99,6 @@ CONFIG = Target(
 @functools.cache
 def checkpoint_folder() -> Path:
     """A valid checkpoint that lives as long as the process."""
-    folder = Path(tempfile.mkdtemp(prefix="l4fuzz-")) / "checkpoint"
+    folder = Path(_folder.name) / "checkpoint"
     bases.checkpoint(folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 from l4convert.checkpoint.meta_params import read_params
@@ -28,7 +29,8 @@ def pickles() -> list[bytes]:
     state_of_bytes = name("_io", "BytesIO") + b")\x81" + encoded + b"K\x00N\x87b"
     metadata = b"}" + text("_metadata") + ordered + b"sb"
     return [
-        state({"a": tensor, "b": parameter}), state({"a": tensor}, after=metadata), state({"x._extra_state": state_of_bytes}),
+        state({"a": tensor, "b": parameter}), state({"a": tensor}, after=metadata),
+        state({"x._extra_state": state_of_bytes}),
         state({"a": Tensor(text("1"), (3, 2), (1, 3), kind="BFloat16Storage").pickled(), "n": b"N"}), b"\x80\x02}.",
     ]  # fmt: skip
 
@@ -65,14 +67,22 @@ PARAMS_JSON = Target(
     (*(f'"{key}"' for key in PARAMS), "NaN", "Infinity", "1e999", "null"),
     form="json",
 )
-RANKS = Target(
-    lambda data: read_ranks(_ranks(data)),
-    lambda: [b"YQ== 0\nYg== 1\n", b"".join(b"%s %d\n" % (t, i) for i, t in enumerate((b"YQ==", b"YWI=", b"YWJj")))],
-    ("YQ== ", " 0\n", "\n"),
-)
+
+
+def ranks() -> list[bytes]:
+    """All bytes, without and with tokens that are made of them."""
+    tokens = [*(bytes([byte]) for byte in range(256)), b"ab", b"abc", b"\xff\xfe"]
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    return [b"".join(lines[:256]), b"".join(lines), b"YQ== 0\nYg== 1\n"]
+
+
+RANKS = Target(lambda data: read_ranks(_ranks(data)), ranks, ("YQ== ", " 0\n", "\n"))
 PICKLE = Target(lambda data: read_state(data, "data.pkl"), pickles, (*_OPCODES, *_NAMES))
 STORAGES = Target(parse_within, pickles, (*_OPCODES, *_NAMES), longest=4096)
 ZIP = Target(
-    parse_zip, archives, (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08"), longest=4096
+    parse_zip,
+    archives,
+    (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07", b"PK\x07\x08"),
+    longest=4096,
 )
 PTH = Target(parse_pth, archives, (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", *_OPCODES, *_NAMES), longest=4096)

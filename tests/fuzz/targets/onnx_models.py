@@ -53,5 +53,8 @@ def models() -> list[bytes]:
 
 
 MODEL = Target(
-    parse, models, ("weights.bin", "location", "offset", "length", "../", "/etc/passwd", "MatMul", "If", "Identity"), longest=4096
+    parse,
+    models,
+    ("weights.bin", "location", "offset", "length", "../", "/etc/passwd", "MatMul", "If", "Identity"),
+    longest=4096,
 )

@@ -33,7 +33,7 @@ RECIPE = Target(
     lambda data: load_recipe(str(_recipe(data))),
     lambda: [
         *bundled("l4convert.quantization", "recipes"),
-        b'[[rule]]\npattern = "*.weight"\nscheme = "int4"\nblock_size = 64\n\n[kv_cache]\ndtype = "int8"\nlayers = "all"\n',
+        b'[[rule]]\npattern = "*.weight"\nscheme = "int4"\nblock_size = 64\n\n[kv_cache]\ndtype = "int8"\n',
     ],
     ("[[rule]]", "pattern", "scheme", '"int4"', "block_size", "[kv_cache]", "dtype", "granularity", "0x", "1e400"),
 )
@@ -49,6 +49,9 @@ HARDWARE = Target(
 )
 SETTINGS = Target(
     parse_settings,
-    lambda: [b'quiet = true\n[convert]\nrecipe = "fp8"\n[plugins.build]\njobs = 1\n', b'[generate]\nmax-new-tokens = 3\n'],
+    lambda: [
+        b'quiet = true\n[convert]\nrecipe = "fp8"\n[plugins.build]\njobs = 1\n',
+        b"[generate]\nmax-new-tokens = 3\n",
+    ],
     ("[convert]", "[plugins.build]", "recipe", "quiet", "max-new-tokens", "[[", "0x"),
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from l4convert.checkpoint.config import DecoderConfig
 from l4convert.checkpoint.hf_config import read_config
 from l4convert.checkpoint.templates import check_sidecar
 from l4convert.runtime.client_files import client_files
@@ -26,7 +30,12 @@ def parse_sidecar(data: bytes) -> None:
 
 def parse_generation(data: bytes) -> None:
     """What public clients' files are made of."""
-    client_files(read_config(checkpoint_folder() / "config.json"), "growing", [_generation(data)])
+    client_files(_decoder(), "growing", [_generation(data)])
+
+
+@functools.cache
+def _decoder() -> DecoderConfig:
+    return read_config(checkpoint_folder() / "config.json")
 
 
 def parse_tokenizer(data: bytes) -> None:
@@ -47,32 +56,35 @@ SIDECARS = Target(
     ("__", "|attr", "{% import", "\\x5f", "\\u005f", "chat_template", "template"),
     form="json",
 )
+GENERATION: Mapping[str, Any] = {
+    "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9, "top_k": 50,
+    "do_sample": True, "max_length": 20, "min_length": 0, "repetition_penalty": 1.0, "num_beams": 1,
+}  # fmt: skip
+BYTE_LEVEL: Mapping[str, Any] = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+SEQUENCES = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+PROCESSOR: Mapping[str, Any] = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, SEQUENCES[0]],
+    "pair": SEQUENCES,
+    "special_tokens": {"a": {"id": "a", "ids": [0], "tokens": ["a"]}},
+}
 CLIENT_FILES = Target(
     parse_generation,
-    lambda: [
-        json.dumps(
-            {
-                "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "temperature": 0.6, "top_p": 0.9, "top_k": 50,
-                "do_sample": True, "max_length": 20, "min_length": 0, "repetition_penalty": 1.0, "num_beams": 1,
-            }
-        ).encode(),
-        b"{}",
-    ],  # fmt: skip
+    lambda: [json.dumps(GENERATION).encode(), b"{}"],
     ('"eos_token_id"', '"temperature"', '"do_sample"'),
     form="json",
 )
 TOKENIZER = Target(
     parse_tokenizer,
     lambda: [
-        json.dumps(bases.tokenizer()).encode(),
-        json.dumps({**bases.tokenizer(), "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
-                    "trim_offsets": True, "use_regex": True}, "decoder": {"type": "ByteLevel", "add_prefix_space": True,
-                    "trim_offsets": True, "use_regex": True}}).encode(),
-        json.dumps({**bases.tokenizer(), "post_processor": {"type": "TemplateProcessing",
-                    "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-                    "special_tokens": {"a": {"id": "a", "ids": [0], "tokens": ["a"]}}}}).encode(),
-    ],  # fmt: skip
+        json.dumps({**bases.tokenizer(), **more}).encode()
+        for more in ({}, {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}, {"post_processor": PROCESSOR})
+    ],
     ('"ByteLevel"', '"BPE"', '"Split"', '"Regex"', '"Sequence"', '"merges"', '"vocab"', '"added_tokens"'),
     form="json",
 )

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 from tests.hostile.case import Family
 from tests.hostile.families import (
+    adapters,
     configs,
     indexes,
     not_finite,
+    onnx_models,
     params,
     paths,
     pickles,
     pth_storages,
+    quantization,
     safetensors_headers,
     tampered,
     templates,
@@ -36,5 +39,11 @@ FAMILIES: Mapping[str, Family] = {
     "storages of .pth files": pth_storages.FAMILY,
     "zip bombs": zip_bombs.FAMILY,
     "params.json and Meta's files": params.FAMILY,
+    "ONNX models and external data": onnx_models.FAMILY,
+    "adapters": adapters.FAMILY,
+    "quantization, compressed-tensors INT4": quantization.FAMILY,
+    "quantization, compressed-tensors FP8": quantization.FLOATS,
+    "quantization, FBGEMM": quantization.FBGEMM,
+    "quantization, ModelOpt": quantization.MODELOPT_FAMILY,
     "tampered artifacts": tampered.FAMILY,
 }

@@ -63,7 +63,10 @@ FAMILY = Family(
                 (NORM, "is missing", INDEX),
             ),
             "listed and in no shard": (weight_map(lambda m: m.update({"x.weight": FIRST})), ("x.weight", "is missing")),
-            "a shard that is absent": (weight_map(lambda m: m.update({NORM: "model-3.safetensors"})), ("model-3", "absent")),
+            "a shard that is absent": (
+                weight_map(lambda m: m.update({NORM: "model-3.safetensors"})),
+                ("model-3", "absent"),
+            ),
             "10,000 shards that are absent": (
                 weight_map(lambda m: m.update({f"t{i}": f"s{i}.safetensors" for i in range(10_000)})),
                 ("s0.safetensors", "absent", "9999 more"),
@@ -75,7 +78,7 @@ FAMILY = Family(
             "the index itself as a shard": (weight_map(lambda m: m.update({NORM: INDEX})), (INDEX,)),
             "config.json as a shard": (weight_map(lambda m: m.update({NORM: "config.json"})), ("config.json",)),
             "every tensor in one shard": (
-                lambda p: weight_map(lambda m: m.update(dict.fromkeys(m, FIRST)))(p),
+                weight_map(lambda m: m.update(dict.fromkeys(m, FIRST))),
                 (FIRST, "is missing", INDEX),
             ),
             "a tensor in two shards": (
@@ -86,7 +89,10 @@ FAMILY = Family(
                 tensors(FIRST, lambda t: t.update({"x": np.ones(2, np.float16)})),
                 (FIRST, "'x'", "not listed"),
             ),
-            "a tensor less in a shard": (tensors(FIRST, lambda t: t.pop(EMBED, t.pop(HEAD))), (FIRST, HEAD, "is missing")),
+            "a tensor less in a shard": (
+                tensors(FIRST, lambda t: t.pop(EMBED, t.pop(HEAD))),
+                (FIRST, HEAD, "is missing"),
+            ),
             "no tensor in a shard": (tensors(SECOND, lambda t: t.clear()), (SECOND, "is missing")),
             "no shards but an index": (lambda p: (remove(FIRST)(p), remove(SECOND)(p)), (FIRST, "absent")),
             "shards but no index": (remove(INDEX), (INDEX,)),
@@ -110,7 +116,10 @@ FAMILY = Family(
                 text(INDEX, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'),
                 (INDEX, "'a'", "twice"),
             ),
-            "a map twice": (text(INDEX, '{"weight_map": {}, "weight_map": {"a": "b"}}'), (INDEX, "weight_map", "twice")),
+            "a map twice": (
+                text(INDEX, '{"weight_map": {}, "weight_map": {"a": "b"}}'),
+                (INDEX, "weight_map", "twice"),
+            ),
             "a terabyte of zeros": (sparse(INDEX, 1 << 40), (INDEX, "bytes")),
             "99 MB of zeros": (sparse(INDEX, 99_000_000), (INDEX, "not valid JSON")),
             "60 MB of empty lists": (

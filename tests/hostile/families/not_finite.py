@@ -66,5 +66,5 @@ CASES = {
 BLOCKS = {name: (damage, (file, tensor, "NaN or infinite")) for name, (damage, (file, tensor, *_)) in CASES.items()}
 FAMILY = Family(base=checkpoint, cases=cases(CASES))
 QUANTIZED = ("convert", "{input}", "--output", "{out}", "--recipe")
-INT4 = Family(base=checkpoint, command=(*QUANTIZED, "int4"), cases=cases(BLOCKS))
-FP8 = Family(base=checkpoint, command=(*QUANTIZED, "fp8", "--target", "portable"), cases=cases(BLOCKS))
+INT4 = Family(base=checkpoint, command=(*QUANTIZED, "int4"), real=False, cases=cases(BLOCKS))
+FP8 = Family(base=checkpoint, command=(*QUANTIZED, "fp8", "--target", "portable"), real=False, cases=cases(BLOCKS))

@@ -13,7 +13,16 @@ from tests.hostile.files import edit_json, folder_instead, link, outside, pipe, 
 from tests.hostile.meta_base import PARAMS, PTH, meta_checkpoint
 
 FILE, TOKENIZER = "params.json", "tokenizer.model"
-NOT_COUNTS = {"-1": -5, "0": 0, "4e9": 4 * 10**9, "10**400": 10**400, "NaN": math.nan, "text": "8", "1.5": 1.5, "[]": []}
+NOT_COUNTS = {
+    "-1": -5,
+    "0": 0,
+    "4e9": 4 * 10**9,
+    "10**400": 10**400,
+    "NaN": math.nan,
+    "text": "8",
+    "1.5": 1.5,
+    "[]": [],
+}
 
 
 def having(**values: Any) -> Callable[[Path], None]:
@@ -43,6 +52,7 @@ def copied(file: str) -> Callable[[Path], object]:
 
 FAMILY = Family(
     base=meta_checkpoint,
+    real=False,
     cases=cases(
         {
             **{

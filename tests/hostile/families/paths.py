@@ -104,10 +104,17 @@ FAMILY = Family(
             "longer than a file's name can be": named("\u00e9" * 200 + ".safetensors"),
             "a home folder": named("~/model.safetensors"),
             "procfs": named("/proc/self/environ"),
-            **{f"{name} from elsewhere": sidecar(name) for name in (
-                "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-                "special_tokens_map.json", "generation_config.json",
-            )},
+            **{
+                f"{name} from elsewhere": sidecar(name)
+                for name in (
+                    "tokenizer.json",
+                    "tokenizer_config.json",
+                    "chat_template.jinja",
+                    "chat_template.json",
+                    "special_tokens_map.json",
+                    "generation_config.json",
+                )
+            },
             "config.json from elsewhere": sidecar("config.json"),
             "an absolute link": (absolute("tokenizer.json"), ("tokenizer.json", "outside the checkpoint")),
             "a chain of links": (chain, ("tokenizer.json", "outside the checkpoint")),

@@ -42,44 +42,7 @@ from tests.hostile.torch_files import (
 
 COMMAND = "touch canary"
 # Command, code, import, file, network: one list, because an allowlist treats all alike.
-GADGETS = """
-os.system posix.system nt.system os.popen os.execv os.spawnl os.posix_spawn os.remove os.putenv
-subprocess.Popen subprocess.run subprocess.call subprocess.check_output subprocess.getoutput commands.getoutput
-builtins.eval builtins.exec builtins.compile builtins.__import__ builtins.getattr builtins.open builtins.breakpoint
-__builtin__.eval __builtin__.exec __builtin__.getattr __builtin__.apply __builtin__.execfile __builtin__.open
-pip.main pip._internal.main pip._internal.cli.main.main ensurepip._run_pip pkgutil.resolve_name pydoc.locate
-importlib.import_module importlib._bootstrap._call_with_frames_removed importlib.machinery.SourceFileLoader
-runpy.run_path runpy.run_module runpy._run_code code.InteractiveInterpreter codeop.compile_command imp.load_source
-bdb.Bdb pdb.run pdb.Pdb cProfile.run cProfile.runctx profile.run profile.Profile.runctx trace.Trace timeit.timeit
-doctest.debug_script idlelib.pyshell.ModifiedInterpreter idlelib.run.Executive idlelib.debugobj.ObjectTreeItem
-idlelib.autocomplete.AutoComplete.get_entity idlelib.calltip.get_entity lib2to3.pgen2.grammar.Grammar.loads
-lib2to3.pgen2.pgen.ParserGenerator.make_label distutils.file_util.write_file distutils.spawn.spawn
-asyncio.unix_events._UnixSubprocessTransport._start asyncio.create_subprocess_shell
-torch.utils.bottleneck.__main__.run_cprofile torch.utils.bottleneck.__main__.run_autograd_prof
-torch.utils.collect_env.run torch._dynamo.guards.GuardBuilder.get torch.jit.unsupported_tensor_ops.execWrapper
-torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression
-torch.utils._config_module.ConfigModule.load_config torch.utils.data.datapipes.utils.decoder.basichandlers
-torch._inductor.codecache.compile_file torch.utils.cpp_extension.load_inline torch.hub.load torch.hub.download_url_to_file
-torch.load torch.serialization.load torch.storage._load_from_bytes torch.jit.load torch.ops.load_library
-torch._utils._rebuild_device_tensor_from_numpy torch._utils._rebuild_wrapper_subclass torch._tensor._rebuild_from_type_v2
-numpy.testing._private.utils.runstring numpy.f2py.crackfortran.param_eval numpy.f2py.crackfortran.myeval numpy.load
-numpy.memmap numpy.core.multiarray._reconstruct pandas.read_pickle pandas.io.parsers.readers.read_csv pandas.eval
-joblib.load dill.loads cloudpickle.loads pickle.loads _pickle.loads pickle.Unpickler marshal.loads shelve.open
-types.FunctionType types.CodeType types.MethodType ctypes.CDLL ctypes.cdll.LoadLibrary cffi.FFI
-operator.attrgetter operator.methodcaller operator.itemgetter functools.partial functools.reduce itertools.starmap
-webbrowser.open urllib.request.urlopen urllib.request.urlretrieve http.client.HTTPSConnection ftplib.FTP smtplib.SMTP
-ssl.get_server_certificate socket.create_connection socket.gethostbyname requests.get requests.api.post
-shutil.rmtree shutil.copyfile pathlib.Path.write_text pathlib.Path.unlink io.open io.FileIO _io.open _io.FileIO _io.StringIO
-linecache.getline linecache.updatecache fileinput.input tempfile.mktemp zipfile.ZipFile tarfile.open sqlite3.connect
-logging.config.listen logging.config._resolve logging.FileHandler sys.modules sys.settrace sys.exit sys._getframe
-uuid._get_command_stdout imaplib.IMAP4_stream _pyrepl.pager.pipe_pager _osx_support._read_output
-_aix_support._read_cmd_output test.support.script_helper.assert_python_ok venv.create zipimport.zipimporter zipapp.main
-mailcap.findmatch pydoc.pipepager pydoc.writedoc platform.popen pty.spawn multiprocessing.util.spawnv_passfds
-mlflow.projects.backend.local._run_entry_point tensorflow.io.write_file keras.saving.load_model transformers.pipeline
-antigravity.geohash site.execsitecustomize getpass.getpass weakref.finalize atexit.register signal.signal threading.Thread
-collections.abc.Mapping collections.defaultdict collections.UserDict copyreg._reconstructor copyreg.__newobj__
-_codecs.decode codecs.open codecs.encode __main__.payload
-""".split()
+GADGETS = Path(__file__).with_name("gadgets.txt").read_text().split()
 SYSTEM = name("os", "system")
 RUN = SYSTEM + text(COMMAND) + b"\x85" + REDUCE
 
@@ -136,12 +99,15 @@ FORMS = {
     "BUILD with __setstate__": form(valid(after=DICT + text("__setstate__") + SYSTEM + SETITEM + BUILD), "os.system"),
     "BUILD on a name": form(valid(name("torch", "FloatStorage") + DICT + BUILD + POP), "state"),
     "BUILD on a tuple": form(valid(EMPTY_TUPLE + DICT + BUILD + POP), "state"),
-    "a call of a known name with a gadget": form(valid(call(name("collections", "OrderedDict"), RUN) + POP), "os.system"),
+    "a call of a known name with a gadget": form(
+        valid(call(name("collections", "OrderedDict"), RUN) + POP), "os.system"
+    ),
     "a call of a storage": form(valid(call(name("torch", "FloatStorage"), integer(1)) + POP), "cannot be called"),
     "a call of a text": form(valid(call(text("os.system"), text(COMMAND)) + POP), "cannot be called"),
     "a call of the state dict": form(valid(after=EMPTY_TUPLE + REDUCE), "cannot be called"),
     "a hook of a tensor": form(
-        state({FIRST: Tensor(tail=TRUE + call(name("collections", "OrderedDict"), tuple_of(RUN))).pickled()}), "os.system"
+        state({FIRST: Tensor(tail=TRUE + call(name("collections", "OrderedDict"), tuple_of(RUN))).pickled()}),
+        "os.system",
     ),
     "a parameter with a hook": form(
         state({FIRST: call(name("torch._utils", "_rebuild_parameter"), Tensor().pickled(), TRUE, RUN)}), "os.system"
@@ -155,14 +121,19 @@ FORMS = {
     "bytes by another codec": form(
         valid(extra={"x": call(name("_codecs", "encode"), text("x"), text("rot13"))}), "bytes"
     ),
-    "a persistent id of a gadget": form(valid(tuple_of(text("storage"), SYSTEM, text("0")) + PERSID + POP), "os.system"),
+    "a persistent id of a gadget": form(
+        valid(tuple_of(text("storage"), SYSTEM, text("0")) + PERSID + POP), "os.system"
+    ),
     "a persistent id of a module": form(
-        valid(tuple_of(text("module"), text("0"), text("x.py"), text("import os"), integer(1)) + PERSID + POP), "storage"
+        valid(tuple_of(text("module"), text("0"), text("x.py"), text("import os"), integer(1)) + PERSID + POP),
+        "storage",
     ),
     "a persistent id of text": form(valid(b"Pos.system\n" + POP), "PERSID"),
     "a name with a carriage return": form(valid(b"cos\r\nsystem\r\n" + POP), "os"),
     "a name with a space": form(valid(b"ctorch._utils _rebuild_tensor_v2\n\n" + POP), "_rebuild_tensor_v2"),
-    "a name with a dot too many": form(valid(name("collections", "OrderedDict.fromkeys") + POP), "OrderedDict.fromkeys"),
+    "a name with a dot too many": form(
+        valid(name("collections", "OrderedDict.fromkeys") + POP), "OrderedDict.fromkeys"
+    ),
     "a name through a known module": form(valid(name("torch._utils", "os.system") + POP), "torch._utils.os.system"),
     "a name through a known class": form(
         valid(name("collections", "OrderedDict.__init__.__globals__") + POP), "__globals__"
@@ -214,7 +185,7 @@ FAMILY = Family(
     base=meta_checkpoint,
     cases=cases(
         {
-            **{dotted: gadget(dotted) for dotted in GADGETS},
+            **{dotted: gadget(dotted) for dotted in GADGETS[::8]},  # test_gadgets.py has them all
             **FORMS,
             "in another file": (other_file, ("consolidated.01.pth",)),
         }

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.hostile.case import Damage, Family, cases
-from tests.hostile.meta_base import FIRST, NORM, PTH, meta_checkpoint, pickled, storages, tensor, tensors, zipped
+from tests.hostile.meta_base import FIRST, NORM, PTH, meta_checkpoint, pickled, tensor, tensors, zipped
 from tests.hostile.meta_base import pickle as valid
 from tests.hostile.torch_files import (
     DICT,
@@ -42,6 +42,7 @@ def data(change: bytes) -> tuple[Damage, tuple[str, ...]]:
 ENTRIES = {key: value.pickled() for key, value in tensors().items()}
 FAMILY = Family(
     base=meta_checkpoint,
+    real=False,
     cases=cases(
         {
             "a storage that is missing": having(key=text("999")),
@@ -84,7 +85,9 @@ FAMILY = Family(
             "strides with gaps": having(strides=(16, 2)),
             "fewer strides than sizes": having(strides=(1,)),
             "a dtype for a storage": having(kind="float8_e4m3fn"),
-            "a tensor of no arguments": raw(state({**ENTRIES, FIRST: name("torch._utils", "_rebuild_tensor_v2") + b")R"})),
+            "a tensor of no arguments": raw(
+                state({**ENTRIES, FIRST: name("torch._utils", "_rebuild_tensor_v2") + b")R"})
+            ),
             "a tensor that is None": raw(state({**ENTRIES, FIRST: NONE}), FIRST),
             "a tensor that is a number": raw(state({**ENTRIES, FIRST: integer(7)}), FIRST),
             "a tensor that is a text": raw(state({**ENTRIES, FIRST: text("x" * 5000)}), FIRST),
@@ -128,7 +131,10 @@ FAMILY = Family(
             "big-endian": (zipped(lambda e: changed(e, "byteorder", data=b"big")), (PTH, "byte order")),
             "a version that is not known": (zipped(lambda e: changed(e, "version", data=b"99")), (PTH, "version")),
             "a version that is no number": (zipped(lambda e: changed(e, "version", data=b"x")), (PTH, "version")),
-            "a version of 10,000 digits": (zipped(lambda e: changed(e, "version", data=b"9" * 10_000)), (PTH, "version")),
+            "a version of 10,000 digits": (
+                zipped(lambda e: changed(e, "version", data=b"9" * 10_000)),
+                (PTH, "version"),
+            ),
             "no version": (zipped(lambda e: [x for x in e if not x.name.endswith("version")]), (PTH, "version")),
         }
     ),

@@ -58,7 +58,9 @@ FAMILY = Family(
         {
             **injections(),
             "in one of several templates": (
-                in_config([{"name": "default", "template": "x"}, {"name": "tool_use", "template": INJECTIONS["builtins"]}]),
+                in_config(
+                    [{"name": "default", "template": "x"}, {"name": "tool_use", "template": INJECTIONS["builtins"]}]
+                ),
                 (CONFIG, "chat_template"),
             ),
             "not UTF-8": (text(JINJA, b"\xff\xfe{{ x }}"), (JINJA, "UTF-8")),
@@ -81,7 +83,10 @@ FAMILY = Family(
             "the old file is no object": (text(OLD, '"{{ x }}"'), (OLD, "object")),
             "the old file is not JSON": (text(OLD, "{{ x }}"), (OLD, "not valid JSON")),
             "the generation settings are a list": (text("generation_config.json", "[1]"), ("generation_config.json",)),
-            "the generation settings are huge": (sparse("generation_config.json", 1 << 36), ("generation_config.json",)),
+            "the generation settings are huge": (
+                sparse("generation_config.json", 1 << 36),
+                ("generation_config.json",),
+            ),
             "the special tokens are huge": (sparse("special_tokens_map.json", 1 << 36), ("special_tokens_map.json",)),
             "the special tokens are no object": (text("special_tokens_map.json", "null"), ("special_tokens_map.json",)),
         }

@@ -36,7 +36,14 @@ VOCAB = tokenizer()["model"]["vocab"]
 FAMILY = Family(
     base=base,
     command=(
-        "convert", "{input}", "--output", "{out}", "--kv-dtype", "int8", "--calibration", "{input}/text.txt",
+        "convert",
+        "{input}",
+        "--output",
+        "{out}",
+        "--kv-dtype",
+        "int8",
+        "--calibration",
+        "{input}/text.txt",
     ),
     cases=cases(
         {
@@ -64,7 +71,14 @@ FAMILY = Family(
             "a merge of three": said(model(merges=["a b c"])),
             "a pre-tokenizer that is unknown": said(whole(pre_tokenizer={"type": "Shell", "command": "touch canary"})),
             "a regular expression that is none": said(
-                whole(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(((("}, "behavior": "Isolated", "invert": False})
+                whole(
+                    pre_tokenizer={
+                        "type": "Split",
+                        "pattern": {"Regex": "(((("},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    }
+                )
             ),
             "a decoder that is unknown": said(whole(decoder={"type": "Exec"})),
             "a post-processor that changes tokens": said(

@@ -68,8 +68,8 @@ FAMILY = Family(
     cases=cases(
         {
             "deflated to a thousandth": packed(8, deflate),
-            "by bzip2": packed(12, lambda data: bz2.compress(data), 10_000_000),
-            "by LZMA": packed(14, lambda data: lzma.compress(data), 10_000_000),
+            "by bzip2": packed(12, bz2.compress, 10_000_000),
+            "by LZMA": packed(14, lzma.compress, 10_000_000),
             "by an unknown method": packed(99, lambda data: data[:100], 1000),
             "the pickle deflated": one("data.pkl", data=deflate(pickle() + bytes(ZEROS)), method=8, size=ZEROS),
             "entries that overlap": bad(lambda e: [*e, Entry("archive/data/999", e[0].data, offset=0)]),
@@ -89,9 +89,14 @@ FAMILY = Family(
             "a size of zero": bad(lambda e: changed(e, "data/0", size=0, packed=0)),
             "stored, of two sizes": one("data/0", packed=10),
             "zip64 sizes without the field": one("data/0", size=0xFFFFFFFF, packed=0xFFFFFFFF),
-            "a zip64 field that is cut": one("data/0", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=b"\x01\x00\x04\x00\0\0"),
+            "a zip64 field that is cut": one(
+                "data/0", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=b"\x01\x00\x04\x00\0\0"
+            ),
             "a zip64 size of 2**63": one(
-                "data/0", size=0xFFFFFFFF, packed=0xFFFFFFFF, extra=b"\x01\x00\x10\x00" + b"\xff" * 7 + b"\x7f" + b"\xff" * 8
+                "data/0",
+                size=0xFFFFFFFF,
+                packed=0xFFFFFFFF,
+                extra=b"\x01\x00\x10\x00" + b"\xff" * 7 + b"\x7f" + b"\xff" * 8,
             ),
             "two zip64 fields": one("data/0", extra=b"\x01\x00\x00\x00" * 2),
             "extra fields that are cut": one("data/0", extra=b"\x01"),
