@@ -143,9 +143,11 @@ class Streaming:
 
     Args:
         jobs: How many threads will read.
+        again: Bytes that they will read a second time, after as many others.
     """
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, again: int = 0) -> None:
+        self.jobs, self._again = jobs, again
         self._connections = max(jobs, _CONNECTIONS)
         self._lock = threading.Lock()
         self._spool: Spool | None = None
@@ -159,7 +161,7 @@ class Streaming:
 
         with self._lock:
             if self._spool is None:
-                self._spool = Spool(self._connections)
+                self._spool = Spool(self._connections, self.jobs, self._again)
                 if self._stopped:
                     self._spool.stop()
             return self._spool
@@ -183,9 +185,9 @@ _streams: list[Streaming] = []
 
 
 @contextmanager
-def streaming(jobs: int) -> Iterator[Streaming]:
+def streaming(jobs: int, again: int = 0) -> Iterator[Streaming]:
     """An open :class:`Streaming`."""
-    stream = Streaming(jobs)
+    stream = Streaming(jobs, again)
     try:
         yield stream
     finally:
@@ -217,9 +219,11 @@ def read_tile(span: Span, first: int, shape: tuple[int, int], dtype: np.dtype, r
     part = np.empty((height, width), dtype, order="F")
     step = max(1, min(height, _STEP_BYTES // max(1, pitch)))
     block = np.empty((step, shape[1]), dtype)
+    # Of the matrix once more, in case that other jobs are in others: as much as a job takes of one.
+    keep = height * pitch + _streams_jobs() * part.nbytes
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
-        _read(span, first + start * pitch, block[: stop - start], height * pitch)
+        _read(span, first + start * pitch, block[: stop - start], keep)
         part[start - rows.start : stop - rows.start] = block[: stop - start, cols]
     return part
 
@@ -234,6 +238,10 @@ def _small(file: RemoteFile, start: int, stop: int) -> bytes:
     first, last = start // _BLOCK_BYTES, (stop - 1) // _BLOCK_BYTES
     data = b"".join(_block(file, index) for index in range(first, last + 1))
     return data[start - first * _BLOCK_BYTES : stop - first * _BLOCK_BYTES]
+
+
+def _streams_jobs() -> int:
+    return _streams[-1].jobs if _streams else 0
 
 
 def _read(span: Span, start: int, array: np.ndarray, keep: int) -> None:

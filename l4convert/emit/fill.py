@@ -10,13 +10,19 @@ import contextlib
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
+from l4convert.checkpoint.lazy import Derived
 from l4convert.checkpoint.pages import PageBudget
 from l4convert.checkpoint.remote import streaming
+from l4convert.checkpoint.safetensors_file import Stored
 from l4convert.emit.blocks import Blocks, Done, NoRoomError, write_at
 from l4convert.emit.follow import Follower
 from l4convert.emit.jobs import largest_job, plan_jobs, total_jobs
@@ -120,7 +126,10 @@ def _threads(path: Path, descriptor: int, plan: WeightsPlan, journal: Journal | 
     share = share_memory(filling.memory_limit or default_limit(), largest_job(plan))
 
     def run(done: Callable[[Done], None]) -> None:
-        with contextlib.closing(PageBudget(share.pages)) as pages, streaming(filling.threads) as stream:
+        with (
+            contextlib.closing(PageBudget(share.pages)) as pages,
+            streaming(filling.threads, _read_again(plan)) as stream,
+        ):
             blocks = Blocks(path.name, descriptor, pages)
             recorded: Callable[[int], bytes | None] = journal.digest if journal is not None else lambda _: None
             run_jobs(
@@ -132,6 +141,22 @@ def _threads(path: Path, descriptor: int, plan: WeightsPlan, journal: Journal | 
             )
 
     return run
+
+
+def _read_again(plan: WeightsPlan) -> int:
+    """Bytes of files on a server that a group reads although another one does, too; the most of any group."""
+    groups = [{id(leaf): leaf for planned in group for leaf in _leaves(planned.tensor)} for group in plan.groups]
+    uses = Counter(chain.from_iterable(groups))
+    sizes = [sum(leaf.nbytes for leaf in group.values()) for group in groups if any(uses[key] > 1 for key in group)]
+    return max(sizes, default=0)
+
+
+def _leaves(tensor: ir.TensorProtocol) -> Iterator[Stored]:
+    """The tensors on a server that it is computed from."""
+    if isinstance(tensor, Stored) and tensor.remote is not None:
+        yield tensor
+    elif isinstance(tensor, Derived):
+        yield from chain.from_iterable(map(_leaves, tensor.parts))
 
 
 class _File:

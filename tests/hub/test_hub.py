@@ -89,7 +89,8 @@ def test_the_artifact_is_the_same_and_every_byte_comes_once(
     target: str,
 ) -> None:
     wide: Path = request.getfixturevalue(layout)
-    monkeypatch.setattr(spool, "CHUNK_BYTES", 100_000)  # many for each tensor
+    monkeypatch.setattr(spool, "CHUNK_BYTES", 50_000)  # many for each tensor
+    monkeypatch.setattr(spool, "_LEAST_BYTES", 100_000)
     hub = serve(wide)
     here, far = tmp_path / "here", tmp_path / "far"
     convert(ConvertOptions(checkpoint=wide, output=here, recipe=recipe, target=target))

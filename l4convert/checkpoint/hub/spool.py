@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 import threading
 from collections import OrderedDict
@@ -29,6 +30,8 @@ CHUNK_BYTES = 8 << 20
 _AHEAD = 8
 # Three of Llama 4's gate_up matrices.
 _LEAST_BYTES = 512 << 20
+# Three of Scout's tensors with all experts of a layer.
+_MOST_AGAIN_BYTES = 8 << 30
 
 
 @dataclass(eq=False)
@@ -49,9 +52,11 @@ class Spool:
 
     Args:
         connections: How many ranges are fetched at the same time.
+        jobs: How many threads read.
+        again: Bytes that will be read a second time, after as many others; room for them is made where the disk has it.
     """
 
-    def __init__(self, connections: int) -> None:
+    def __init__(self, connections: int, jobs: int, again: int = 0) -> None:
         self.folder = _scratch_folder()
         self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (closed by close)
         self._executor = ThreadPoolExecutor(connections, thread_name_prefix="ranges")
@@ -60,7 +65,9 @@ class Spool:
         self._chunks: OrderedDict[_Key, _Chunk] = OrderedDict()  # the least recently used first
         self._free: list[int] = []
         self._slots = 0
-        self._most = max(1, _LEAST_BYTES // CHUNK_BYTES)
+        self._jobs = jobs
+        room = min(again, _MOST_AGAIN_BYTES, shutil.disk_usage(self.folder).free // 4)
+        self._most = max(1, (_LEAST_BYTES + room) // CHUNK_BYTES)
 
     def read(self, span: Span, start: int, buffer: memoryview, keep: int = 0) -> None:
         """Fill ``buffer`` with bytes of a tensor.
@@ -69,14 +76,13 @@ class Spool:
             span: The tensor.
             start: Where in the file they begin.
             buffer: Writable.
-            keep: So many bytes of the tensor are read in turn by several jobs: room for them is made.
+            keep: So many bytes of the tensor are read by several jobs, each of which wants a part of them.
 
         Raises:
             RemoteError: They cannot be fetched.
             InputError: There is no room for them on the disk.
         """
-        if keep:
-            self._make_room(keep)
+        self._make_room(len(buffer), keep)
         position, stop = start, start + len(buffer)
         while position < stop:
             index = (position - span.start) // CHUNK_BYTES
@@ -156,10 +162,15 @@ class Spool:
         else:
             chunk.ready.set_result(None)
 
-    def _make_room(self, nbytes: int) -> None:
-        """Room for these bytes, for as many of the matrix that follows, and for what is fetched meanwhile."""
-        with self._lock:
-            self._most = max(self._most, 2 * -(-nbytes // CHUNK_BYTES) + 2 * _AHEAD)
+    def _make_room(self, nbytes: int, keep: int) -> None:
+        """Room for what all jobs read now, once more for the second tensor that they make of it, and ahead.
+
+        Of what they read in turn: for the matrix that they are in, and for the one that follows.
+        """
+        chunks = 2 * -(-keep // CHUNK_BYTES) + self._jobs * (2 * (1 + -(-nbytes // CHUNK_BYTES)) + _AHEAD)
+        if chunks > self._most:
+            with self._lock:
+                self._most = max(self._most, chunks)
 
     def _write(self, data: bytes, offset: int) -> None:
         view = memoryview(data)
