@@ -13,9 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.fuzz.targets import TARGETS
 
@@ -123,7 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
     parser.add_argument("--findings", type=Path, default=REPO / "build" / "fuzz", help="folder for inputs that fail")
     parser.add_argument("--results", type=Path, help="JSON file to add the results to")
+    parser.add_argument("--show", type=Path, help="print the results of such a file as a table, and do nothing else")
     given = parser.parse_args(arguments)
+    if given.show:
+        print(_table(json.loads(given.show.read_text())["targets"].values()))  # noqa: T201
+        return 0
     if not given.seconds and not given.runs:
         parser.error("give --seconds or --runs")
     failed = False
@@ -135,6 +140,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.results:
             _record(given.results, result)
     return int(failed)
+
+
+def _table(results: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of a table in Markdown."""
+    rows = ["| Target | Inputs tried | Seconds | Branches taken | Open findings |", "|---|---|---|---|---|"]
+    for row in results:
+        found = "1" if row["finding"] else "none"
+        rows.append(f"| {row['target']} | {row['executions']:,} | {row['seconds']:,} | {row['edges']:,} | {found} |")
+    return "\n".join(rows)
 
 
 def _record(file: Path, result: Result) -> None:
