@@ -44,7 +44,6 @@ SCHEMA: dict[str, Any] = {
     "tensor_count": int,
     "kinds": [{"kind": str, "tensors": int, "bytes": int}],
     "files": dict,
-    "adapters": list,
     "network": type(None),
     "shared": type(None),
     "disk": {"needed_bytes": int, "folder": str, "free_bytes": int, "missing_bytes": int},
@@ -65,7 +64,6 @@ SCHEMA: dict[str, Any] = {
         "digest": {"bytes": int, "bytes_per_second": int},
     },
     "serving": type(None),
-    "network": type(None),
     "passes": [{"name": str, "fired": int, "skipped": list, "notes": list}],
     "tensors": [
         {
