@@ -94,7 +94,9 @@ def config_from_json(content: Mapping[str, Any]) -> DecoderConfig:
     """
     values = {field.name: content[field.name] for field in fields(DecoderConfig)}
     values["layers"] = tuple(LayerConfig(**layer) for layer in values["layers"])
-    values["eos_token_ids"] = tuple(int(token) for token in values["eos_token_ids"])
+    values["eos_token_ids"] = tuple(values["eos_token_ids"])
+    if not all(type(token) is int for token in values["eos_token_ids"]):
+        raise TypeError("an end-of-text token is no integer")
     if values["rope_scaling"] is not None:
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     _check_sizes(values)

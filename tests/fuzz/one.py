@@ -13,7 +13,7 @@ import sys
 import traceback
 from typing import Any
 
-import atheris
+import atheris  # type: ignore[import-untyped]  # publishes no types
 
 PARSERS = [
     "l4convert.checkpoint", "l4convert.emit", "l4convert.runtime", "l4convert.quantization.recipe",
@@ -44,7 +44,8 @@ def fuzz(request: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    jobs, running = int(sys.argv[1]), {}
+    jobs = int(sys.argv[1])
+    running: dict[int, str] = {}
     requests = [json.loads(line) for line in sys.stdin]
     while requests or running:
         while requests and len(running) < jobs:

@@ -153,7 +153,8 @@ def _table(results: Iterable[Mapping[str, Any]]) -> str:
 
 def _record(file: Path, result: Result) -> None:
     """Put a target's result in the place of its earlier one."""
-    content = json.loads(file.read_text()) if file.exists() else {"schema": "l4convert.fuzz/1", "targets": {}}
+    empty: dict[str, Any] = {"schema": "l4convert.fuzz/1", "targets": {}}
+    content = json.loads(file.read_text()) if file.exists() else empty
     content["targets"][result.target] = asdict(result)
     file.write_text(json.dumps(content, indent=2) + "\n")
 

@@ -51,7 +51,7 @@ def sharded(folder: Path) -> None:
     _small_files(folder)
     weights = tensors(folder)
     names = sorted(weights)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, part in ((FIRST, names[::2]), (SECOND, names[1::2])):
         write_safetensors(folder / file, {name: weights[name] for name in part})
         weight_map |= dict.fromkeys(part, file)

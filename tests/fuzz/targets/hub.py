@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from l4convert.checkpoint.fields import Fields
+from l4convert.checkpoint.hub import faults, ranges
+from l4convert.checkpoint.hub.address import Address
+from l4convert.checkpoint.hub.listing import list_files
+from l4convert.checkpoint.remote import RemoteFile
 from l4convert.checkpoint.text import parse_object
 from tests.fuzz.target import Target
 
@@ -20,8 +24,6 @@ def _prepare() -> None:
     """Answer requests from the input, without a network and without waiting between tries."""
     import httpx2
     import huggingface_hub
-
-    from l4convert.checkpoint.hub import faults, ranges
 
     huggingface_hub.set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(_answer)))
     for module in (faults, ranges):
@@ -54,11 +56,6 @@ def _plain(text: str) -> bool:
 def parse(data: bytes) -> None:
     """What is asked for is the first of the three that the input has an answer to."""
     _prepare()
-    from l4convert.checkpoint.hub import ranges
-    from l4convert.checkpoint.hub.address import Address
-    from l4convert.checkpoint.hub.listing import list_files
-    from l4convert.checkpoint.remote import RemoteFile
-
     content = Fields(parse_object(data, "answers"), "answers")
     for kind in ("list", "find", "read"):
         _answers[kind] = content.object(kind) or Fields({}, "answers")

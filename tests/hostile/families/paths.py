@@ -14,11 +14,13 @@ from tests.hostile.files import (
     INDEX,
     NORM,
     SECOND,
+    after,
     edit_json,
     folder_instead,
     link,
     outside,
     pipe,
+    remove,
 )
 
 
@@ -129,7 +131,7 @@ FAMILY = Family(
             "the index is a pipe": (pipe(INDEX), (INDEX, "not a file")),
             "a shard is a pipe": (pipe(SECOND), (SECOND, "absent")),
             "a socket for a shard": (
-                lambda p: ((p / SECOND).unlink(), os.mknod(p / SECOND, 0o140644)),
+                after(remove(SECOND), lambda p: os.mknod(p / SECOND, 0o140644)),
                 (SECOND, "absent"),
             ),
             "the template is a pipe": (pipe("chat_template.jinja"), ("chat_template.jinja",)),

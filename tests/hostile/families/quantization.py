@@ -151,7 +151,7 @@ FAMILY = Family(
 
 def strategies() -> dict[str, tuple[Damage, tuple[str, ...]]]:
     """Of FP8."""
-    values = {"unknown": "x", "a list": [], "null": None, "group": "group", "a number": 3}
+    values: dict[str, Any] = {"unknown": "x", "a list": [], "null": None, "group": "group", "a number": 3}
     return {f"a strategy that is {what}": scheme_of("strategy", value) for what, value in values.items()}
 
 

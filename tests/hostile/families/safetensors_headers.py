@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.hostile.bases import checkpoint
 from tests.hostile.case import Family, cases
-from tests.hostile.files import EMBED, NORM, SINGLE, Header, edit_header, read_raw, sparse, text, write_raw
+from tests.hostile.files import EMBED, NORM, SINGLE, Header, after, edit_header, read_raw, sparse, text, write_raw
 
 
 def entry(name: str, key: str, value: Any) -> Callable[[Path], None]:
@@ -73,6 +73,16 @@ def padded(size: int, filler: bytes) -> Callable[[Path], None]:
     return damage
 
 
+def poke(length: int) -> Callable[[Path], None]:
+    """Say that the header has this length."""
+
+    def damage(folder: Path) -> None:
+        with (folder / SINGLE).open("r+b") as stream:
+            stream.write(length.to_bytes(8, "little"))
+
+    return damage
+
+
 FAMILY = Family(
     base=checkpoint,
     cases=cases(
@@ -84,11 +94,11 @@ FAMILY = Family(
             "length of 2**64 - 1": (raw(lambda h: h, 2**64 - 1), (SINGLE, "not a safetensors file")),
             "length of 2**63": (raw(lambda h: h, 2**63), (SINGLE, "not a safetensors file")),
             "header above 100 MB": (
-                lambda p: (sparse(SINGLE, 200_000_000)(p), _poke(p / SINGLE, 100_000_001)),
+                after(sparse(SINGLE, 200_000_000), poke(100_000_001)),
                 (SINGLE, "100,000,001 bytes"),
             ),
             "header of 100 MB, all zeros": (
-                lambda p: (sparse(SINGLE, 100_000_008)(p), _poke(p / SINGLE, 100_000_000)),
+                after(sparse(SINGLE, 100_000_008), poke(100_000_000)),
                 (SINGLE,),
             ),
             "header of 90 MB, one text": (padded(90_000_000, b'"' + b"x" * 89_999_998 + b'"'), (SINGLE, "'a'")),
@@ -182,8 +192,3 @@ FAMILY = Family(
         }
     ),
 )
-
-
-def _poke(file: Path, length: int) -> None:
-    with file.open("r+b") as stream:
-        stream.write(length.to_bytes(8, "little"))
