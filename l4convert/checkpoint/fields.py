@@ -83,6 +83,14 @@ class Fields:
             self.fail(key, f"must be an array, not {json_type(value)}")
         return value
 
+    def texts(self, key: str) -> list[str]:
+        """A list of texts; empty where the key is absent or null."""
+        found = self.array(key) or []
+        for item in found:
+            if not isinstance(item, str):
+                self.fail(key, f"has {quote(item)}, which is no text")
+        return found
+
     def object(self, key: str) -> Fields | None:
         """A nested object; None where the key is absent or null."""
         value = self.values.get(key)

@@ -154,12 +154,8 @@ def _scheme(group: Fields | None, config: Fields) -> Scheme:
 
 
 def _patterns(fields: Fields, key: str) -> Patterns:
-    found = fields.array(key) or []
-    wrong = next((item for item in found if not isinstance(item, str)), None)
-    if wrong is not None:
-        fields.fail(key, f"has {quote(wrong)}, which is no text")
     try:
-        return Patterns(found)
+        return Patterns(fields.texts(key))
     except UnusablePatternError as error:
         fields.fail(key, f"has {error}")
 

@@ -133,10 +133,7 @@ class _Excluded:
     def __init__(self, config: Fields) -> None:
         self._config = config
         self._key = "exclude_modules" if config.has("exclude_modules") else "ignore"
-        given = config.array(self._key) or []
-        wrong = next((item for item in given if not isinstance(item, str)), None)
-        if wrong is not None:
-            config.fail(self._key, f"has {quote(wrong)}, which is no text")
+        given = config.texts(self._key)
         patterns = [item for item in given if set(item) & set("*?[")]
         total = sum(map(len, patterns))
         if total > MAX_CHARACTERS:

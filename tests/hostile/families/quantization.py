@@ -90,6 +90,7 @@ CASES = {
     "ignored, yet quantized": config("ignore", [MODULE], MODULE),
     "ignore is text": config("ignore", "lm_head"),
     "ignore of numbers": config("ignore", [1]),
+    "ignore of null": config("ignore", [None]),
     "3 bits": scheme_of("num_bits", 3),
     "-1 bits": scheme_of("num_bits", -1),
     "4e9 bits": scheme_of("num_bits", 4 * 10**9),
