@@ -13,6 +13,7 @@ from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.config import DecoderConfig
 from l4convert.frontend.decoder import build_decoder
 from l4convert.graph_passes import CANONICAL_PASSES, PASSES, Pass, PassReport
+from l4convert.quantization.carry_over import resolve
 from l4convert.quantization.recipe import Recipe, load_recipe
 from l4convert.targets import TARGETS
 
@@ -28,6 +29,7 @@ def lowered(
     checkpoint: Checkpoint, target: str, kv_cache: str = "growing", recipe: Recipe = KEEP, compute: str = "float32"
 ) -> ir.Model:
     model = canonical(checkpoint, kv_cache, compute)
+    recipe = resolve(recipe, checkpoint)
     for graph_pass in (*CANONICAL_PASSES, *TARGETS[target].lowering):
         graph_pass(model, recipe)
     return model

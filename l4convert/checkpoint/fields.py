@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from l4convert.checkpoint.text import json_type, quote
+from l4convert.checkpoint.text import json_type, quote, show
 from l4convert.errors import InputError
 
 MAX_INT = 2**31 - 1
@@ -34,7 +34,7 @@ class Fields:
 
     def fail(self, key: str, problem: str, hint: str | None = None) -> NoReturn:
         """Raise an InputError about a key."""
-        raise InputError(f"{self.file}: {self.prefix}{key} {problem}", hint)
+        raise InputError(f"{self.file}: {show(self.prefix + key)} {problem}", hint)
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value of a key; an absent one is its default, or an error where there is none."""

@@ -45,6 +45,7 @@ EXTRAS = {
         "packages": ("cmake", "kernel-lens", "ninja", "triton"),
     },
     "plot": {"purpose": "draw what bench measures (bench --plot)", "packages": ("matplotlib",)},
+    "hub": {"purpose": "read checkpoints on the Hugging Face Hub (hf://org/name)", "packages": ("huggingface_hub",)},
     "cluster": {"purpose": "convert on many machines (convert --cluster)", "packages": ("ray[client]",)},
 }
 # Each of these installs the import package `onnxruntime`; two of them overwrite each other's files.

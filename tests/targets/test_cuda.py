@@ -23,6 +23,7 @@ TOLERANCES = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 4e-2}
 # recipe -> contrib ops in bfloat16
 KERNELS = {
     "none": {"MoE"},
+    "keep": {"MoE"},  # of a checkpoint that has nothing quantized
     "int4": {"QMoE", "MatMulNBits"},
     "fp8": {"MatMulBlockQuantizedFp8Weight"},
     "fp8-experts": {"MatMulBlockQuantizedFp8Weight"},

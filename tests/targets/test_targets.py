@@ -77,5 +77,5 @@ def test_cpu_uses_its_kernels_and_no_function(maverick_layout: Path, name: str):
     assert {node.domain for node in nodes} == {"", "com.microsoft"}
     kernels = {node.op_type for node in nodes if node.domain}
     assert kernels <= KERNELS
-    expected = {"none": {"MoE"}, "int4": {"QMoE", "MatMulNBits"}, "fp8": set(), "fp8-experts": set()}
+    expected = {"none": {"MoE"}, "keep": {"MoE"}, "int4": {"QMoE", "MatMulNBits"}, "fp8": set(), "fp8-experts": set()}
     assert kernels == {"GroupQueryAttention"} | expected[name]

@@ -72,8 +72,8 @@ def read_packed(source: Source, scheme: Scheme, weight: str) -> LazyTensor:
     words = source.require(f"{weight}_packed", (ir.DataType.INT32,), (rows, -(-depth * bits // 32)))
     scales = source.require(f"{weight}_scale", FLOAT_SCALES, (rows, blocks))
     shape = source.require(f"{weight}_shape", (ir.DataType.INT64, ir.DataType.INT32), (2,))
-    # Reading it is a small read for each of thousands of modules; most rows fill their words, so there is no doubt.
-    if depth * bits % 32 and (given := tuple(shape.numpy().tolist())) != (rows, depth):
+    # A read for each of thousands of modules, but safetensors puts all tensors of 8-byte elements side by side.
+    if (given := tuple(shape.numpy().tolist())) != (rows, depth):
         raise InputError(f"{where(shape)} is {list(given)}, config.json makes the weight {[rows, depth]}")
     zero_points = None
     if not scheme.weights.boolean("symmetric", True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _journal = OneFile("journal")
 @functools.cache
 def artifact_folder() -> Path:
     """A valid artifact that lives as long as the process, with a graph of one product: small, so that it is quick."""
-    folder = Path(_folder.name) / "artifact"
+    folder = Path(_folder.name) / f"artifact-{os.getpid()}"  # targets are forks of one process
     weight = Weight(values(ir.DataType.FLOAT16, (4, 8)))
     write_artifact(holder({"w": weight}), folder, manifest=_facts())
     return folder

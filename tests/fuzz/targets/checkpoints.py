@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 
 from l4convert.checkpoint.hf import _read_index
@@ -99,6 +100,6 @@ CONFIG = Target(
 @functools.cache
 def checkpoint_folder() -> Path:
     """A valid checkpoint that lives as long as the process."""
-    folder = Path(_folder.name) / "checkpoint"
+    folder = Path(_folder.name) / f"checkpoint-{os.getpid()}"  # targets are forks of one process
     bases.checkpoint(folder)
     return folder

@@ -77,6 +77,7 @@ CASES = {
     "no groups": config("config_groups", {}),
     "groups are a list": config("config_groups", []),
     "a group is null": config("config_groups", {"g": None}),
+    "a group with a control character": config("config_groups", {"g\x7f": []}),
     "a thousand groups": config("config_groups", {f"g{i}": scheme()["config_groups"]["group_0"] for i in range(1000)}),
     "targets are a number": config("config_groups", {"g": {"targets": 3, "weights": {}}}, "targets"),
     "targets of numbers": config("config_groups", {"g": {"targets": [3], "weights": {}}}, "targets"),
