@@ -16,6 +16,7 @@ from l4convert.graph_passes.reading import (
     made_by,
     named,
     only_user,
+    operand,
     peel,
     require_perm,
     scalar_of,
@@ -63,7 +64,7 @@ def match_attention(softmax: ir.Node) -> Found:
     scale, query, key = _scores(product)
     weighted = _weighted(softmax)
     merged = _merged(weighted.outputs[0])
-    sides = _side(_transposed_back(key)), _side(_second(weighted))
+    sides = _side(_transposed_back(key)), _side(operand(weighted, 1))
     if (sides[0].past is None) != (sides[1].past is None):
         raise Mismatch("keys have a past and values have not, or the other way round")
     if sides[0][3:] != sides[1][3:]:
@@ -72,12 +73,12 @@ def match_attention(softmax: ir.Node) -> Found:
         raise Mismatch(f"scores are scaled by {scale:g}, not by 1/sqrt({sides[0].width})")
     turned = made_by(query, "Transpose")
     require_perm(turned, [0, 2, 1, 3])
-    return Found(_first(turned), *sides, added, merged)
+    return Found(operand(turned), *sides, added, merged)
 
 
 def _masked(add: ir.Node) -> tuple[ir.Value, ir.Value]:
     """The scores, and what is added to them."""
-    first, second = _first(add), _second(add)
+    first, second = operand(add), operand(add, 1)
     for scores, added in ((first, second), (second, first)):
         if is_made_by(peel(added, "Cast", "Identity"), "Where"):
             return scores, added
@@ -88,8 +89,8 @@ def _scores(value: ir.Value) -> tuple[float, ir.Value, ir.Value]:
     """Over factors, wherever they stand: their product, the query [B,H,S,D], the key [B,H,D,T]."""
     scale, value = _factors(peel(value, "Cast"))
     product = made_by(value, "MatMul")
-    left, query = _factors(_first(product))
-    right, key = _factors(_second(product))
+    left, query = _factors(operand(product))
+    right, key = _factors(operand(product, 1))
     return scale * left * right, query, key
 
 
@@ -101,7 +102,7 @@ def _factors(value: ir.Value) -> tuple[float, ir.Value]:
             divisor = scalar_of(node.inputs[1])
             if not divisor:
                 break
-            scale, value = scale / divisor, _first(node)
+            scale, value = scale / divisor, operand(node)
             continue
         pair = split_scalar(node)
         if pair is None:
@@ -115,12 +116,12 @@ def _transposed_back(key: ir.Value) -> ir.Value:
     if is_made_by(key, "Transpose"):
         turned = made_by(key, "Transpose")
         require_perm(turned, [0, 1, 3, 2])
-        return _first(turned)
+        return operand(turned)
     outer = made_by(key, "Reshape")
-    turned = made_by(_first(outer), "Transpose")
+    turned = made_by(operand(outer), "Transpose")
     require_perm(turned, [0, 2, 1])
-    inner = made_by(_first(turned), "Reshape")
-    source = _first(inner)
+    inner = made_by(operand(turned), "Reshape")
+    source = operand(inner)
     shape = (3, 5, 17, 19)
     if _reshaped(inner, source, shape) != [15, 17, 19] or _reshaped(outer, source, shape) != [3, 5, 19, 17]:
         raise Mismatch(f"{named(key)} is not the transposed key")
@@ -162,7 +163,7 @@ class _ShapeOf:
         if any(x is None or len(x) != 1 for x in bounds) or (len(node.inputs) > 4 and ints_of(node.inputs[4]) != [1]):
             raise Mismatch(f"{named(value)} is not a part of a shape")
         (start,), (stop,) = (x for x in bounds if x is not None)
-        return self.compute(_first(node))[slice(*slice(start, stop).indices(4)[:2])]
+        return self.compute(operand(node))[slice(*slice(start, stop).indices(4)[:2])]
 
 
 def _window(shape: ir.Node) -> bool:
@@ -201,11 +202,11 @@ def _side(repeated: ir.Value) -> Side:
     if not is_made_by(repeated, "Reshape"):
         raise Mismatch(f"{named(repeated)}: keys and values are not repeated for their group's heads")
     reshape = made_by(repeated, "Reshape")
-    expand = made_by(_first(reshape), "Expand")
-    spread = made_by(_first(expand), "Unsqueeze")
+    expand = made_by(operand(reshape), "Expand")
+    spread = made_by(operand(expand), "Unsqueeze")
     if ints_of(spread.inputs[1]) != [2]:
         raise Mismatch(f"{named(repeated)} does not repeat heads")
-    joined = _first(spread)
+    joined = operand(spread)
     new, past, present = _new_and_past(joined)
     total = _NEW + (_PAST if past is not None else 0)
     wide, flat = _target(expand), _target(reshape)
@@ -216,7 +217,7 @@ def _side(repeated: ir.Value) -> Side:
         raise Mismatch(f"{named(repeated)} does not put repeated heads together")
     turned = made_by(new, "Transpose")
     require_perm(turned, [0, 2, 1, 3])
-    return Side(_first(turned), past, present, kv_heads * group, kv_heads, width)
+    return Side(operand(turned), past, present, kv_heads * group, kv_heads, width)
 
 
 def _new_and_past(joined: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
@@ -261,17 +262,3 @@ def _last(value: ir.Value) -> list[int]:
     assert value.shape is not None
     last = value.shape[3]
     return [last if isinstance(last, int) else 1]
-
-
-def _first(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    if value is None:
-        raise Mismatch(f"{node.op_type} {named(node.outputs[0])} has no input")
-    return value
-
-
-def _second(node: ir.Node) -> ir.Value:
-    value = node.inputs[1]
-    if value is None:
-        raise Mismatch(f"{node.op_type} {named(node.outputs[0])} has one input")
-    return value

@@ -22,6 +22,7 @@ from l4convert.graph_passes.reading import (
     is_made_by,
     made_by,
     named,
+    operand,
     peel,
     require_perm,
     scalar_of,
@@ -138,7 +139,7 @@ def _sum_after(scores: ir.Value) -> ir.Value:
 
 
 def _last_product(output: ir.Value) -> tuple[ir.Value, ir.Value]:
-    product = made_by(peel(_input(made_by(output, "ReduceSum")), "Reshape", "Cast"), "MatMul")
+    product = made_by(peel(operand(made_by(output, "ReduceSum")), "Reshape", "Cast"), "MatMul")
     hidden, down = product.inputs[0], product.inputs[1]
     assert hidden is not None
     assert down is not None
@@ -150,7 +151,7 @@ def _swiglu_product(hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
     outer = made_by(peel(hidden, "Cast"), "Mul")
     silu, up = _peeled_pair(outer, "Mul")
     sigmoid, gate = _peeled_pair(made_by(silu, "Mul"), "Sigmoid")
-    if peel(_input(made_by(sigmoid, "Sigmoid")), "Cast") is not gate:
+    if peel(operand(made_by(sigmoid, "Sigmoid")), "Cast") is not gate:
         raise Mismatch(f"{named(silu)} is not a SiLU")
     split = made_by(gate, "Split")
     last = split.attributes.get_int("axis", 0) in (-1, 2)
@@ -159,7 +160,7 @@ def _swiglu_product(hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
     equal = parts or (sizes is not None and len(sizes) == 2 and sizes[0] == sizes[1])
     if not last or not equal or (gate, up) != tuple(split.outputs):
         raise Mismatch("gate and up are not the first and second half of one product")
-    product = made_by(_input(split), "MatMul")
+    product = made_by(operand(split), "MatMul")
     routed, gate_up = product.inputs[0], product.inputs[1]
     assert routed is not None
     assert gate_up is not None
@@ -184,29 +185,22 @@ def _routed_tokens(routed: ir.Value, scores: ir.Value, down: ir.Value) -> ir.Val
     reshape = made_by(peel(routed, "Cast"), "Reshape")
     if ints_of(reshape.inputs[1]) != [experts, -1, hidden]:
         raise Mismatch("tokens are not grouped by expert")
-    repeated, factor = split_operands(made_by(peel(_input(reshape), "Cast"), "Mul"), "Tile")
+    repeated, factor = split_operands(made_by(peel(operand(reshape), "Cast"), "Mul"), "Tile")
     column = made_by(peel(factor, "Cast"), "Reshape")
     if ints_of(column.inputs[1]) != [-1, 1]:
         raise Mismatch("scores are not one a row")
-    turned = made_by(_input(column), "Transpose")
+    turned = made_by(operand(column), "Transpose")
     require_perm(turned, [1, 0])
-    if _input(turned) is not scores:
+    if operand(turned) is not scores:
         raise Mismatch(f"{named(turned.inputs[0])} stands where {named(scores)} should")
     tile = made_by(repeated, "Tile")
     if ints_of(tile.inputs[1]) != [experts, 1]:
         raise Mismatch("tokens are not repeated once for every expert")
-    source = _input(tile)
+    source = operand(tile)
     expand = source.producer()
     if expand is not None and expand.op_type == "Expand" and set(ints_of(expand.inputs[1]) or [0]) == {1}:
-        source = _input(expand)
+        source = operand(expand)
     return source
-
-
-def _input(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    if value is None:
-        raise Mismatch(f"{node.op_type} {named(node.outputs[0])} has no input")
-    return value
 
 
 def _require_shapes(gate_up: ir.Value, down: ir.Value, logits: ir.Value) -> None:

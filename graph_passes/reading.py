@@ -33,6 +33,18 @@ def made_by(value: ir.Value | None, *op_types: str) -> ir.Node:
     return node
 
 
+def operand(node: ir.Node, index: int = 0) -> ir.Value:
+    """An input of a node.
+
+    Raises:
+        Mismatch: It has none there.
+    """
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        raise Mismatch(f"{node.op_type} {named(node.outputs[0])} has no input {index}")
+    return value
+
+
 def is_made_by(value: ir.Value | None, op_type: str) -> bool:
     """Whether a standard operator of this type gives the value."""
     node = value.producer() if value is not None else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -99,6 +100,17 @@ def edit_json(file: str, change: Callable[[dict[str, Any]], object]) -> Callable
         value = json.loads((folder / file).read_text())
         change(value)
         (folder / file).write_text(json.dumps(value))
+
+    return damage
+
+
+def edit_model(file: str, change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], None]:
+    """Damage: change an ONNX model; its external data stays as it is."""
+
+    def damage(folder: Path) -> None:
+        proto = onnx.load(folder / file, load_external_data=False)
+        change(proto)
+        (folder / file).write_bytes(proto.SerializeToString())
 
     return damage
 

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.hostile.case import Damage, Family, cases
-from tests.hostile.files import cut, folder_instead, link, outside, pipe, remove, sparse, text
+from tests.hostile.files import cut, edit_model, folder_instead, link, outside, pipe, remove, sparse, text
 
 MODEL, DATA = "model.onnx", "weights.bin"
 SIDE, NBYTES = 32, 32 * 32 * 4
@@ -43,18 +43,9 @@ def base(folder: Path) -> None:
     (folder / DATA).write_bytes(np.random.default_rng(0).normal(0, 0.1, 2 * SIDE * SIDE).astype(np.float32).tobytes())
 
 
-def model(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        proto = onnx.load(folder / MODEL, load_external_data=False)
-        change(proto)
-        (folder / MODEL).write_bytes(proto.SerializeToString())
-
-    return damage
-
-
 def first(change: Callable[[TensorProto], object], *names: str) -> tuple[Damage, tuple[str, ...]]:
     """Change the first external tensor."""
-    return model(lambda proto: change(proto.graph.initializer[1])), (MODEL, "first", *names)
+    return edit_model(MODEL, lambda proto: change(proto.graph.initializer[1])), (MODEL, "first", *names)
 
 
 def put(key: str, value: str, *names: str) -> tuple[Damage, tuple[str, ...]]:
@@ -67,7 +58,7 @@ def put(key: str, value: str, *names: str) -> tuple[Damage, tuple[str, ...]]:
 
 
 def graph(change: Callable[[onnx.GraphProto], object], *names: str) -> tuple[Damage, tuple[str, ...]]:
-    return model(lambda proto: change(proto.graph)), (MODEL, *names)
+    return edit_model(MODEL, lambda proto: change(proto.graph)), (MODEL, *names)
 
 
 def planted(location: str) -> tuple[Damage, tuple[str, ...]]:
@@ -180,10 +171,10 @@ FAMILY = Family(
             "a terabyte of zeros": (sparse(MODEL, 1 << 40), (MODEL,)),
             "half of it": (lambda p: cut(MODEL, (p / MODEL).stat().st_size // 2)(p), (MODEL,)),
             "a model that is a pipe": (pipe(MODEL), (MODEL,)),
-            "no graph": (model(lambda m: m.ClearField("graph")), (MODEL, "graph")),
-            "no version": (model(lambda m: m.ClearField("ir_version")), (MODEL, "version")),
-            "a version to come": (model(lambda m: setattr(m, "ir_version", 10**6)), (MODEL,)),
-            "no operator sets": (model(lambda m: m.ClearField("opset_import")), (MODEL,)),
+            "no graph": (edit_model(MODEL, lambda m: m.ClearField("graph")), (MODEL, "graph")),
+            "no version": (edit_model(MODEL, lambda m: m.ClearField("ir_version")), (MODEL, "version")),
+            "a version to come": (edit_model(MODEL, lambda m: setattr(m, "ir_version", 10**6)), (MODEL,)),
+            "no operator sets": (edit_model(MODEL, lambda m: m.ClearField("opset_import")), (MODEL,)),
             "an operator that is unknown": graph(lambda g: setattr(g.node[0], "op_type", "Exec"), "Exec"),
             "a domain that is unknown": graph(lambda g: setattr(g.node[0], "domain", "evil"), "evil"),
             "an input that nothing gives": graph(lambda g: g.node[0].input.__setitem__(0, "gone"), "gone"),
@@ -191,8 +182,8 @@ FAMILY = Family(
             "a value given twice": graph(lambda g: g.node[1].output.__setitem__(0, "a"), "'a'"),
             "an output that nothing gives": graph(lambda g: setattr(g.output[0], "name", "gone"), "gone"),
             "a name of two lines": graph(lambda g: g.node[0].input.__setitem__(0, "a\nb")),
-            "a million nodes": (model(crowded), (MODEL,)),
-            "nested graphs": (model(deep), (MODEL,)),
+            "a million nodes": (edit_model(MODEL, crowded), (MODEL,)),
+            "nested graphs": (edit_model(MODEL, deep), (MODEL,)),
         }
     ),
 )

@@ -11,7 +11,19 @@ import onnx
 
 from tests.hostile.bases import artifact
 from tests.hostile.case import Case, Damage, Family, cases
-from tests.hostile.files import SINGLE, cut, edit_json, folder_instead, link, pipe, read_raw, remove, text, write_raw
+from tests.hostile.files import (
+    SINGLE,
+    cut,
+    edit_json,
+    edit_model,
+    folder_instead,
+    link,
+    pipe,
+    read_raw,
+    remove,
+    text,
+    write_raw,
+)
 
 MANIFEST, MODEL = "l4convert.json", "model.onnx"
 
@@ -47,15 +59,6 @@ def header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
     return damage
 
 
-def model(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        proto = onnx.load(folder / MODEL, load_external_data=False)
-        change(proto)
-        (folder / MODEL).write_bytes(proto.SerializeToString())
-
-    return damage
-
-
 def external(key: str, value: str) -> tuple[Damage, tuple[str, ...]]:
     """Where the first external tensor of the graph is."""
 
@@ -63,7 +66,7 @@ def external(key: str, value: str) -> tuple[Damage, tuple[str, ...]]:
         tensor = next(t for t in proto.graph.initializer if t.external_data)
         next(entry for entry in tensor.external_data if entry.key == key).value = value
 
-    return model(change), (MODEL, "refer")
+    return edit_model(MODEL, change), (MODEL, "refer")
 
 
 def first_tensor(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
