@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,8 +56,9 @@ class Leaf(LazyTensor):
     def files(self) -> tuple[Path, ...]:
         return (self._model,)
 
+    @abstractmethod
     def _buffer(self) -> np.ndarray:
-        raise NotImplementedError
+        """The bytes that hold it, uint8."""
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         if not self.size:
