@@ -6,21 +6,38 @@ process's exit code (docs/DESIGN: 0 done, 1 internal, 2 usage, 3 bad input, 4 ch
 
 from __future__ import annotations
 
+MAX_CHARACTERS = 1000
+
+
+def one_line(text: str) -> str:
+    """Text that may hold what an untrusted file says, as one printable line of at most :data:`MAX_CHARACTERS`.
+
+    White space becomes single spaces, what cannot be printed its escape, and of a longer text the middle is left out.
+    """
+    line = " ".join(text.split())
+    if not line.isprintable():
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    if len(line) <= MAX_CHARACTERS:
+        return line
+    gap = " ... "
+    end = (MAX_CHARACTERS - len(gap)) // 4  # most of what a message is about comes first
+    return line[: MAX_CHARACTERS - len(gap) - end] + gap + line[-end:]
+
 
 class L4Error(Exception):
     """Base of all errors that are reported without a traceback.
 
     Args:
-        message: One line: which file, which tensor, what is wrong.
+        message: One line: which file, which tensor, what is wrong; see :func:`one_line`.
         hint: One line: what the user can do about it.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = one_line(message)
+        self.hint = None if hint is None else one_line(hint)
+        super().__init__(self.message)
 
 
 class UsageError(L4Error):

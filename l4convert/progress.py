@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from l4convert.signals import signals_wait
+
 if TYPE_CHECKING:
     import rich.console
     import rich.progress
@@ -80,7 +82,8 @@ class RichProgress:
     @contextmanager
     def task(self, description: str, total: float | None = None, unit: str = "B") -> Iterator[Task]:
         """See :meth:`Progress.task`."""
-        bars = self._enter()
+        with signals_wait():
+            bars = self._enter()
         task = bars.add_task(description, total=total, unit=unit)
         try:
             yield _RichTask(bars, task)

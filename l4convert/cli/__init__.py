@@ -6,7 +6,6 @@ A command is imported when it is named, and what it needs when it runs, so that 
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import click
 from l4convert import __version__
 from l4convert.cli._errors import drop_output, report
 from l4convert.cli._settings import Settings, global_options
+from l4convert.signals import raise_on_signals
 
 # Name -> module, in the order in which a newcomer needs them. Each module has a click command called `command`.
 COMMANDS = {
@@ -106,10 +106,5 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of ``l4convert`` and ``python -m l4convert``."""
-    signal.signal(signal.SIGTERM, _terminate)
+    raise_on_signals()
     sys.exit(run())
-
-
-def _terminate(number: int, _frame: object) -> None:
-    """End as an exception does, so that half-written folders are removed; 128 + the number is how shells report it."""
-    sys.exit(128 + number)

@@ -36,10 +36,9 @@ def report(error: BaseException, settings: Settings) -> int:
         return INTERRUPTED
     known = _translate(error)
     if known is None:
-        summary = " ".join(f"{type(error).__name__}: {error}".split())
         hint = "run again with --debug for the traceback, and report it"
-        known = L4Error(f"internal error: {summary}", hint)
-    click.echo(f"error: {' '.join(known.message.split())}", err=True)
+        known = L4Error(f"internal error: {type(error).__name__}: {error}", hint)
+    click.echo(f"error: {known.message}", err=True)
     if known.hint:
         click.echo(f"hint: {known.hint}", err=True)
     return known.exit_code

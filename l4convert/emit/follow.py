@@ -13,6 +13,7 @@ from pathlib import Path
 from l4convert.emit.digest import RegionDigest
 from l4convert.emit.jobs import count_jobs, group_jobs
 from l4convert.emit.plan import WeightsPlan
+from l4convert.signals import signals_wait
 
 
 class Follower:
@@ -45,7 +46,8 @@ class Follower:
 
     def start(self) -> None:
         """Begin to follow."""
-        self._thread.start()
+        with signals_wait():
+            self._thread.start()
 
     def done(self, job: int) -> None:
         """A job's bytes are in the file.

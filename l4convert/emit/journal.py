@@ -22,6 +22,8 @@ from typing import Any
 
 import xxhash
 
+from l4convert.signals import signals_wait
+
 SCHEMA = "l4convert.journal/1"
 COMMIT_SECONDS = 0.2
 COMMIT_BYTES = 256 << 20
@@ -137,8 +139,9 @@ class Journal:
     def start(self, data: int) -> None:
         """Begin to commit what is recorded; ``data`` is the descriptor of the weights file."""
         self._data = data
-        self._thread = threading.Thread(target=self._commit_until_closed, name="journal", daemon=True)
-        self._thread.start()
+        with signals_wait():
+            self._thread = threading.Thread(target=self._commit_until_closed, name="journal", daemon=True)
+            self._thread.start()
 
     def record(self, job: int, digest: bytes, nbytes: int) -> None:
         """A job's bytes were written; the line follows when they are safe.

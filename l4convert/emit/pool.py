@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from l4convert.emit.jobs import Job
+from l4convert.signals import signals_wait
 
 
 def _nothing() -> None:
@@ -36,7 +37,8 @@ def run_jobs(
     pool = _Pool(jobs, run, memory)
     with ThreadPoolExecutor(threads, thread_name_prefix="fill") as executor:
         try:
-            workers = [executor.submit(pool.work) for _ in range(threads)]
+            with signals_wait():  # in the middle of a start, the executor would not know the thread
+                workers = [executor.submit(pool.work) for _ in range(threads)]
             done, _ = wait(workers, return_when=FIRST_EXCEPTION)
         finally:
             pool.stop()

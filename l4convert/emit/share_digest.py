@@ -17,6 +17,7 @@ from l4convert.emit.plan import PlannedTensor, stored_of
 from l4convert.emit.share import link
 from l4convert.emit.staging import reported
 from l4convert.progress import NO_PROGRESS, Progress, Task
+from l4convert.signals import signals_wait
 
 Entries = dict[str, dict[str, Any]]
 
@@ -66,7 +67,8 @@ def _digest_all(
 ) -> list[tuple[dict[str, Any], Entries]]:
     stop = threading.Event()
     with ThreadPoolExecutor(threads, thread_name_prefix="share") as executor:
-        futures = [executor.submit(_digest, path, tensors, task, stop) for path, tensors in work]
+        with signals_wait():
+            futures = [executor.submit(_digest, path, tensors, task, stop) for path, tensors in work]
         try:
             return [future.result() for future in futures]
         except BaseException:

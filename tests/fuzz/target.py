@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from l4convert.errors import L4Error
-
-LONGEST_MESSAGE = 1500
+from l4convert.errors import MAX_CHARACTERS, L4Error
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def check(parse: Callable[[bytes], object], data: bytes) -> None:
     except L4Error as error:
         for line in (error.message, error.hint or ""):
             assert line.isprintable(), f"not printable: {line!r}"
-            assert len(line) <= LONGEST_MESSAGE, f"a message of {len(line)} characters"
+            assert len(line) <= MAX_CHARACTERS, f"a message of {len(line)} characters"
 
 
 def folder_in_memory() -> tempfile.TemporaryDirectory[str]:
