@@ -23,7 +23,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from l4convert.checkpoint.lazy import Constant, InterleavedHalves, LazyTensor, transposed
+from l4convert.checkpoint.combiners import InterleavedHalves, transposed
+from l4convert.checkpoint.lazy import Constant, LazyTensor
 from l4convert.plugins.moe.layout import GROUP, K_ORDER
 from l4convert.quantization import layouts, native
 from l4convert.quantization.fp8 import quantize_fp8

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from l4convert.checkpoint.lazy import LazyTensor, transposed
+from l4convert.checkpoint.combiners import transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.frontend.builder import Builder, initializer
 from l4convert.plugins.long_context_attention import definition as attention
 from l4convert.plugins.long_context_attention.definition import AttentionSpec

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, SideBySide, Stacked
+from l4convert.checkpoint.combiners import SideBySide, Stacked
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import compute_type
 from l4convert.graph_passes.base import Outcome

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import Reshaped, cast, transposed
+from l4convert.checkpoint.combiners import Reshaped, cast, transposed
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import compute_type
 from l4convert.graph_passes.base import Outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import transposed
+from l4convert.checkpoint.combiners import transposed
 from l4convert.frontend.builder import Builder
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import add_initializer, clean_up, quantized_weight, replace_node

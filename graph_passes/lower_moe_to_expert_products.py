@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, Member, Reshaped
+from l4convert.checkpoint.combiners import Member, Reshaped
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import COMPUTE_TYPES, from_float32, to_float32
 from l4convert.graph_passes.base import Outcome

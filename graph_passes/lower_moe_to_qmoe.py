@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import InterleavedHalves, transposed
+from l4convert.checkpoint.combiners import InterleavedHalves, transposed
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import COMPUTE_TYPES, from_float32, to_float32
 from l4convert.graph_passes.base import Outcome

@@ -10,7 +10,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, transposed
+from l4convert.checkpoint.combiners import transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.frontend.builder import Builder
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import (

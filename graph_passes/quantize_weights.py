@@ -10,7 +10,8 @@ import dataclasses
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, Reshaped, cast, transposed
+from l4convert.checkpoint.combiners import Reshaped, cast, transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.frontend.builder import Builder
 from l4convert.frontend.compute import compute_type
 from l4convert.graph_passes import fuse_experts

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, cast
+from l4convert.checkpoint.combiners import cast
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import add_initializer, clean_up
 from l4convert.quantization.recipe import Recipe

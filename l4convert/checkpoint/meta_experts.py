@@ -22,7 +22,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import Derived, LazyTensor, transposed
+from l4convert.checkpoint.combiners import transposed
+from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.checkpoint.meta_shards import Shards, check_float
 from l4convert.checkpoint.prequantized import Prequantized, carried
 from l4convert.checkpoint.pth_file import DOWNLOAD_HINT, open_pth

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from l4convert.checkpoint.combiners import SideBySide, transposed
 from l4convert.checkpoint.config import DecoderConfig
-from l4convert.checkpoint.lazy import LazyTensor, SideBySide, transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.meta_experts import ExpertScales, as_one, expert_parts
 from l4convert.checkpoint.meta_shards import Rows, Shards, check_float, on_top, side_by_side
 from l4convert.checkpoint.names import Shape, expected_tensors

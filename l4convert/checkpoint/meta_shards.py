@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import Derived, LazyTensor, OnTop, SideBySide
+from l4convert.checkpoint.combiners import OnTop, SideBySide
+from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.checkpoint.pth_file import DOWNLOAD_HINT, PthFile, open_pth
 from l4convert.checkpoint.text import and_more, show
 from l4convert.errors import InputError

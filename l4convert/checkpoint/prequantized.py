@@ -12,17 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import (
-    Cast,
-    Derived,
-    LazyTensor,
-    Member,
-    OnTop,
-    Reshaped,
-    SideBySide,
-    Stacked,
-    Transposed,
-)
+from l4convert.checkpoint.combiners import Cast, Member, OnTop, Reshaped, SideBySide, Stacked, Transposed
+from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.errors import InputError
 
 #: Types of codes that an artifact can store.

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from l4convert.checkpoint.lazy import LazyTensor, Transposed
+from l4convert.checkpoint.combiners import Transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.safetensors_file import LFS_POINTER, stored_at
 from l4convert.checkpoint.state_names import PickledTensor
 from l4convert.checkpoint.state_pickle import MAX_BYTES, read_state

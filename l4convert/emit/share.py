@@ -18,7 +18,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, Transposed
+from l4convert.checkpoint.combiners import Transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.safetensors_file import Stored
 from l4convert.checkpoint.text import show
 from l4convert.emit.staging import os_error, reported

@@ -7,8 +7,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from l4convert.checkpoint.combiners import transposed
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig
-from l4convert.checkpoint.lazy import Constant, LazyTensor, transposed
+from l4convert.checkpoint.lazy import Constant, LazyTensor
 from l4convert.errors import InputError
 from l4convert.frontend.builder import Builder, initializer
 from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType, to_float32

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import Derived, LazyTensor, Member
+from l4convert.checkpoint.combiners import Member
+from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.checkpoint.parameters import ROUTED
 from l4convert.emit.plan import PlannedTensor, WeightsPlan
 from l4convert.emit.write import MODEL_FILE

@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint import Checkpoint
-from l4convert.checkpoint.lazy import Derived, LazyTensor, OnTop, Stacked, transposed
+from l4convert.checkpoint.combiners import OnTop, Stacked, transposed
+from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.checkpoint.names import expected_tensors
 from l4convert.checkpoint.prequantized import Carried, carried, quantized_parts
 from l4convert.errors import UsageError

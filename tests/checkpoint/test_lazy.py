@@ -9,18 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l4convert.checkpoint.lazy import (
-    Constant,
-    InterleavedHalves,
-    LazyTensor,
-    Mapped,
-    Reshaped,
-    SideBySide,
-    Stacked,
-    Transposed,
-    cast,
-    pack_nibbles,
-)
+from l4convert.checkpoint.combiners import InterleavedHalves, Mapped, Reshaped, SideBySide, Stacked, Transposed, cast
+from l4convert.checkpoint.lazy import Constant, LazyTensor, pack_nibbles
 
 
 def numbers(*shape: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from l4convert.checkpoint import open_checkpoint
-from l4convert.checkpoint.lazy import transposed
+from l4convert.checkpoint.combiners import transposed
 from l4convert.checkpoint.prequantized import carried
 from tests.checkpoint.refusals import assert_refused
 from tests.meta_checkpoints import (

@@ -8,18 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from l4convert.checkpoint.lazy import (
-    Cast,
-    Constant,
-    LazyTensor,
-    Mapped,
-    Member,
-    OnTop,
-    Reshaped,
-    SideBySide,
-    Stacked,
-    Transposed,
-)
+from l4convert.checkpoint.combiners import Cast, Mapped, Member, OnTop, Reshaped, SideBySide, Stacked, Transposed
+from l4convert.checkpoint.lazy import Constant, LazyTensor
 from l4convert.checkpoint.prequantized import Prequantized, carried, quantized_parts, stored_bytes
 from l4convert.errors import InputError
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import onnxruntime
 from safetensors.numpy import save_file
 
-from l4convert.checkpoint.lazy import LazyTensor, transposed
+from l4convert.checkpoint.combiners import transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.safetensors_file import open_safetensors
 from l4convert.emit import write_artifact
 from tests.emit.models import initializer

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from l4convert.checkpoint.lazy import Constant, InterleavedHalves, Mapped, Reshaped, cast, transposed
+from l4convert.checkpoint.combiners import InterleavedHalves, Mapped, Reshaped, cast, transposed
+from l4convert.checkpoint.lazy import Constant
 from l4convert.checkpoint.pages import PageBudget
 from l4convert.emit.blocks import Blocks
 from l4convert.emit.fill import Filling, write_weights

@@ -215,7 +215,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import ml_dtypes, numpy as np
-from l4convert.checkpoint.lazy import transposed
+from l4convert.checkpoint.combiners import transposed
 from l4convert.checkpoint.safetensors_file import open_safetensors
 from l4convert.emit import Filling, write_artifact
 from tests.emit.models import holder

@@ -13,7 +13,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from l4convert.checkpoint.lazy import Constant, cast, transposed
+from l4convert.checkpoint.combiners import cast, transposed
+from l4convert.checkpoint.lazy import Constant
 from l4convert.checkpoint.safetensors_file import open_safetensors
 from l4convert.emit import read_manifest, share, verify_artifact, write_artifact
 from l4convert.emit.plan import plan_weights

@@ -15,7 +15,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from l4convert.checkpoint.lazy import Constant, Mapped
+from l4convert.checkpoint.combiners import Mapped
+from l4convert.checkpoint.lazy import Constant
 from l4convert.emit import Filling, verify_artifact, write_artifact
 from l4convert.emit.header import PAGE
 from l4convert.errors import InputError, UsageError

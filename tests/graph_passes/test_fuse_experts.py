@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from l4convert.checkpoint import open_checkpoint
-from l4convert.checkpoint.lazy import Constant, cast
+from l4convert.checkpoint.combiners import cast
+from l4convert.checkpoint.lazy import Constant
 from tests.checkpoints import write_random_checkpoint
 from tests.graph_passes.mutations import constant, insert_after, node, replace_input
 from tests.graphs import canonical, op_counts, outputs, relative_error, run_passes, snapshot

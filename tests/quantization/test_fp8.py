@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from l4convert.checkpoint.lazy import Constant, Transposed
+from l4convert.checkpoint.combiners import Transposed
+from l4convert.checkpoint.lazy import Constant
 from l4convert.errors import InputError
 from l4convert.quantization.fp8 import quantize_fp8, to_e4m3
 

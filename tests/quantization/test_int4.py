@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from l4convert.checkpoint.lazy import Constant, InterleavedHalves, LazyTensor, Transposed
+from l4convert.checkpoint.combiners import InterleavedHalves, Transposed
+from l4convert.checkpoint.lazy import Constant, LazyTensor
 from l4convert.checkpoint.safetensors_file import open_safetensors
 from l4convert.errors import InputError
 from l4convert.quantization.int4 import BLOCK_SIZES, SCALE_RULES, int4_blocks, quantize_int4

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import helper
 
-from l4convert.checkpoint.lazy import Constant, InterleavedHalves, LazyTensor
+from l4convert.checkpoint.combiners import InterleavedHalves
+from l4convert.checkpoint.lazy import Constant, LazyTensor
 from l4convert.plugins.moe.layout import GROUP, K_ORDER
 from l4convert.quantization.int4 import quantize_int4
 from l4convert.quantization.layouts import (

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from l4convert.checkpoint.lazy import Constant, InterleavedHalves, LazyTensor, pack_rows, transposed
+from l4convert.checkpoint.combiners import InterleavedHalves, transposed
+from l4convert.checkpoint.lazy import Constant, LazyTensor, pack_rows
 from l4convert.errors import InputError
 from l4convert.quantization import native
 from l4convert.quantization.fp8 import quantize_fp8, row_scales, to_e4m3

@@ -15,7 +15,8 @@ from l4convert.checkpoint.adapters.contents import Adapter, is_adapter, open_ada
 from l4convert.checkpoint.adapters.merged import Merged, Update, is_merged
 from l4convert.checkpoint.adapters.targets import EMBEDDINGS, HEAD, Base, Scales, Targets
 from l4convert.checkpoint.base import Checkpoint
-from l4convert.checkpoint.lazy import LazyTensor, Reshaped, cast
+from l4convert.checkpoint.combiners import Reshaped, cast
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import Layout, Shape, expected_tensors, find_experts, find_layout
 from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.checkpoint.text import show

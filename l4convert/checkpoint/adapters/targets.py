@@ -18,7 +18,8 @@ from l4convert.checkpoint.adapters.config import AdapterConfig
 from l4convert.checkpoint.adapters.contents import Adapter, Place
 from l4convert.checkpoint.adapters.merged import Columns, EveryNth, Split, Update
 from l4convert.checkpoint.adapters.patterns import Patterns
-from l4convert.checkpoint.lazy import LazyTensor, Member, transposed
+from l4convert.checkpoint.combiners import Member, transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import Layout, Shape
 from l4convert.checkpoint.safetensors_file import Stored
 from l4convert.checkpoint.text import show

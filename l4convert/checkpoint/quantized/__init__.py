@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, cast
+from l4convert.checkpoint.combiners import cast
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.quantized import compressed_tensors, fbgemm, modelopt
 from l4convert.checkpoint.quantized.source import FLOAT_SCALES, Reader, ReadWeights, Source, checked
 from l4convert.checkpoint.text import quote

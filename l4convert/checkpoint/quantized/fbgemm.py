@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from l4convert.checkpoint.lazy import LazyTensor, transposed
+from l4convert.checkpoint.combiners import transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import Shape
 from l4convert.checkpoint.quantized.floats import e4m3_weight
 from l4convert.checkpoint.quantized.source import FLOAT_SCALES, ReadWeights, Source, summary

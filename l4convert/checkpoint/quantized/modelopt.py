@@ -20,8 +20,9 @@ from fnmatch import translate
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.combiners import transposed
 from l4convert.checkpoint.fields import Fields
-from l4convert.checkpoint.lazy import LazyTensor, transposed
+from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import Shape
 from l4convert.checkpoint.prequantized import Prequantized
 from l4convert.checkpoint.quantized.floats import NVFP4_BLOCK, Finite, Nested, e4m3_weight, nvfp4_weight

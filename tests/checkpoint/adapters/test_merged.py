@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from l4convert.checkpoint.adapters import is_merged
 from l4convert.checkpoint.adapters.merged import Columns, EveryNth, Merged, Split, Update
-from l4convert.checkpoint.lazy import Constant, Member, transposed
+from l4convert.checkpoint.combiners import Member, transposed
+from l4convert.checkpoint.lazy import Constant
 from l4convert.errors import InputError
 
 RANDOM = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from l4convert.checkpoint import open_checkpoint
-from l4convert.checkpoint.lazy import transposed
+from l4convert.checkpoint.combiners import transposed
 from l4convert.checkpoint.prequantized import carried
 from l4convert.errors import InputError
 from tests.checkpoint.llmcompressor.make import SIZES
