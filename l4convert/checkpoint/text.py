@@ -31,6 +31,11 @@ def name_folder(folder: Path, name: str) -> None:
     _FOLDER_NAMES[str(folder)] = name
 
 
+def known_name(folder: Path) -> str | None:
+    """What :func:`name_folder` called it."""
+    return _FOLDER_NAMES.get(str(folder))
+
+
 def show(text: object) -> str:
     """A name from a file as it may appear in a message: on one line, printable, not too long."""
     shown = str(text)

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from l4convert.cli._network import local_folder
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from l4convert.checkpoint.adapters import AppliedAdapter
+    from l4convert.cli._settings import Settings
+
+
+def adapter_folders(adapters: Sequence[Path], settings: Settings) -> tuple[Path, ...]:
+    """The folders of what ``--adapter`` names; those on the hub are downloaded first, for they are small."""
+    return tuple(local_folder(adapter, settings) for adapter in adapters)
 
 
 def adapters_payload(adapters: Sequence[AppliedAdapter]) -> list[dict[str, Any]]:
@@ -16,7 +26,9 @@ def adapters_payload(adapters: Sequence[AppliedAdapter]) -> list[dict[str, Any]]
 
 def adapter_rows(adapters: Sequence[AppliedAdapter]) -> list[tuple[str, object]]:
     """A row of a summary for each."""
-    return [("adapter", f"{adapter.path}: {adapter.words}") for adapter in adapters]
+    from l4convert.checkpoint.text import known_name
+
+    return [("adapter", f"{known_name(adapter.path) or adapter.path}: {adapter.words}") for adapter in adapters]
 
 
 def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -61,7 +61,7 @@ def conversion_options(function: F) -> F:
                      help="Layers in which they are: all, or those that see the whole context.  [default: all]"),
         click.option("--compute", type=click.Choice(["float32", "bfloat16", "float16"]),
                      help="Type of activations and caches.  [default: the target's first]"),
-        adapter_option("Merge the LoRA adapter in DIR (as PEFT saves it); may be repeated: merged in order."),
+        adapter_option("Merge a LoRA adapter, as PEFT saves it: DIR or hf://org/name; repeat for more, in order."),
         click.option("--share-weights", is_flag=True,
                      help="Leave weights that need no change in the checkpoint's own files; OUT gets links to them."),
     ]  # fmt: skip

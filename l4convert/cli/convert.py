@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from l4convert.cli import _conversion
-from l4convert.cli._adapters import adapter_rows, adapters_payload
+from l4convert.cli._adapters import adapter_folders, adapter_rows, adapters_payload
 from l4convert.cli._conversion import conversion_options
 from l4convert.cli._network import network_payload, network_rows
 from l4convert.cli._passes import passes_payload, passes_text
@@ -51,7 +51,7 @@ Examples:
               help="Ray cluster whose machines share the work and the disks, as ray://HOST:10001.")  # fmt: skip
 @global_options
 @click.pass_context
-def command(ctx: click.Context, /, *, dry_run: bool, **values: Any) -> None:
+def command(ctx: click.Context, /, *, dry_run: bool, adapters: tuple[Path, ...], **values: Any) -> None:
     """Convert the checkpoint in folder CKPT, or at hf://org/name[@revision], into an ONNX artifact.
 
     Everything is checked before anything is written, and OUT appears only when it is complete. After a run that was
@@ -60,7 +60,7 @@ def command(ctx: click.Context, /, *, dry_run: bool, **values: Any) -> None:
     from l4convert.pipeline import ConvertOptions, convert, plan_conversion
 
     settings = settings_of(ctx)
-    options = ConvertOptions(**values)
+    options = ConvertOptions(adapters=adapter_folders(adapters, settings), **values)
     if dry_run:
         from l4convert.cli._plan import show_plan
 
@@ -94,7 +94,7 @@ def _payload(result: ConvertResult) -> dict[str, Any]:
 
 def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) -> str:
     """What was written, what the passes did, and the command to run next."""
-    from l4convert.checkpoint.text import address_text
+    from l4convert.checkpoint.text import address_text, known_name
 
     summary = fields(
         [
@@ -114,7 +114,7 @@ def _text(options: ConvertOptions, result: ConvertResult, settings: Settings) ->
         ]
     )
     following = f"Next: l4convert validate {result.output} --reference {address_text(options.checkpoint)}"
-    following += "".join(f" --adapter {folder}" for folder in options.adapters)
+    following += "".join(f" --adapter {known_name(folder) or folder}" for folder in options.adapters)
     return "\n\n".join([summary, passes_text(result.passes, settings.verbose), following])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from l4convert.cli import _conversion
+from l4convert.cli._adapters import adapter_folders
 from l4convert.cli._conversion import conversion_options
 from l4convert.cli._settings import global_options, settings_of
 
@@ -50,7 +51,9 @@ Exit code 3 when the disk at OUT is too small, with the missing bytes named.
 @click.option("--overwrite", is_flag=True, help="OUT may be an artifact that will be replaced.")
 @global_options
 @click.pass_context
-def command(ctx: click.Context, /, *, tensors: bool, no_measure: bool, explain: bool, **values: Any) -> None:
+def command(
+    ctx: click.Context, /, *, tensors: bool, no_measure: bool, explain: bool, adapters: tuple[Path, ...], **values: Any
+) -> None:
     """Plan the conversion of the checkpoint in folder CKPT, or of a published model.
 
     Reads configuration and file headers, no weight, and writes nothing.
@@ -58,5 +61,6 @@ def command(ctx: click.Context, /, *, tensors: bool, no_measure: bool, explain: 
     from l4convert.cli._plan import show_plan
     from l4convert.pipeline import PlanOptions, plan_conversion
 
-    plan = plan_conversion(PlanOptions(**values), measure=not no_measure)
-    show_plan(settings_of(ctx), plan, tensors, explain)
+    settings = settings_of(ctx)
+    options = PlanOptions(adapters=adapter_folders(adapters, settings), **values)
+    show_plan(settings, plan_conversion(options, measure=not no_measure), tensors, explain)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from l4convert.cli._adapters import adapter_folders
 from l4convert.cli._conversion import adapter_option
 from l4convert.cli._network import local_folder
 from l4convert.cli._running import running_options
@@ -100,7 +101,7 @@ def command(
         window=window,
         run_with=RunWith(engine, provider, plugins),
         exact_angles=exact_angles,
-        adapters=adapters,
+        adapters=adapter_folders(adapters, settings),
     )
     settings.emit("validate", report.to_json(), _table(report), summary=report.passed)
     if junit is not None:

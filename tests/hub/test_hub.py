@@ -24,6 +24,7 @@ from l4convert.emit import source_digests
 from l4convert.emit.manifest import same_sources
 from l4convert.errors import BackendMissing, InputError, UsageError
 from l4convert.pipeline import ConvertOptions, PlanOptions, convert, plan_conversion
+from tests.adapters import write_adapter
 from tests.checkpoint.refusals import assert_refused
 from tests.checkpoints import write_random_checkpoint
 from tests.compressed import compress
@@ -272,6 +273,23 @@ def test_validate_downloads_and_says_how_much_first(
         assert "digests differ" not in shown.out
         assert bool([r for r in hub.requests if r.server == "storage"]) is told
     assert (Path(constants.HF_HUB_CACHE) / f"models--{REPO.replace('/', '--')}").is_dir()
+
+
+def test_an_adapter_on_the_hub_is_downloaded(
+    serve: Serve, maverick_layout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(maverick_layout, tmp_path / "lora", target_modules=["q_proj"])
+    hub = serve(adapter)
+    given = [str(maverick_layout), "--recipe", "none", "--adapter"]
+    assert cli.run(["convert", *given, str(CKPT), "-o", str(tmp_path / "remote")]) == 0
+    shown = capsys.readouterr()
+    assert f"hf://{REPO}: downloading " in shown.err
+    assert f" --adapter hf://{REPO}@{hub.commit}\n" in shown.out
+    entry = json.loads((tmp_path / "remote" / "l4convert.json").read_text())["adapters"][0]
+    assert entry["folder"] == f"hf://{REPO}@{hub.commit}"
+    assert cli.run(["convert", *given, str(adapter), "-o", str(tmp_path / "local")]) == 0
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("remote", "local")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub's, of the small files

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l4convert.checkpoint.text import known_name
+
 
 @dataclass(frozen=True)
 class AppliedAdapter:
@@ -54,7 +56,7 @@ class AppliedAdapter:
     def to_dict(self) -> dict[str, Any]:
         """JSON fields, without the digests that a manifest adds."""
         return {
-            "folder": self.path.absolute().name,
+            "folder": known_name(self.path) or self.path.absolute().name,
             "ranks": {str(rank): count for rank, count in self.ranks.items()},
             "scales": {f"{scale:.9g}": count for scale, count in self.scales.items()},
             "merged": len(self.merged),

@@ -101,7 +101,7 @@ def open_adapter(path: Path) -> Adapter:
 
 def _require_folder(path: Path) -> None:
     if not path.exists():
-        raise InputError(f"{show(path)}: no such folder", "an adapter is a folder on this machine; download it first")
+        raise InputError(f"{show(path)}: no such folder", "give the folder of an adapter, or hf://org/name[@revision]")
     if not path.is_dir():
         raise InputError(f"{show(path)}: not a folder", f"give the folder that holds {CONFIG} and {WEIGHTS}")
     if not (path / CONFIG).exists():
