@@ -22,6 +22,7 @@ from l4convert.checkpoint.meta_params import read_params
 from l4convert.checkpoint.meta_shards import open_shards
 from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.checkpoint.pth_file import DOWNLOAD_HINT
+from l4convert.checkpoint.remote import names_in
 from l4convert.checkpoint.text import require_file, show
 from l4convert.checkpoint.tiktoken_model import BEGIN, END, PAD, RESERVED, read_ranks, tokenizer_json
 from l4convert.errors import InputError
@@ -34,9 +35,9 @@ _SPECIAL = {"bos_token": BEGIN, "eos_token": END, "pad_token": PAD}
 
 def detect(path: Path) -> bool:
     """Whether a folder looks like a checkpoint of Meta's and not of Hugging Face's; some folders hold both."""
-    if next(path.glob("*.safetensors"), None) is not None or (path / "model.safetensors.index.json").exists():
+    if names_in(path, ".safetensors") or (path / "model.safetensors.index.json").exists():
         return False
-    return (path / PARAMS).exists() or next(path.glob("consolidated*.pth"), None) is not None
+    return (path / PARAMS).exists() or any(file.name.startswith("consolidated") for file in names_in(path, ".pth"))
 
 
 def open_meta(path: Path) -> Checkpoint:

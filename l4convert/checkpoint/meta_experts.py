@@ -26,7 +26,8 @@ from l4convert.checkpoint.combiners import transposed
 from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.checkpoint.meta_shards import Shards, check_float
 from l4convert.checkpoint.prequantized import Prequantized, carried
-from l4convert.checkpoint.pth_file import DOWNLOAD_HINT, open_pth
+from l4convert.checkpoint.pth_file import DOWNLOAD_HINT, open_together
+from l4convert.checkpoint.remote import names_in
 from l4convert.checkpoint.safetensors_file import Stored
 from l4convert.checkpoint.text import and_more, show
 from l4convert.errors import InputError
@@ -57,9 +58,10 @@ def open_scales(path: Path, ranks: int) -> ExpertScales | None:
     """Open the files with scales of a folder; None where it has none.
 
     Raises:
-        InputError: One is missing, or there are both kinds, or as :func:`open_pth`; or they hold something else.
+        InputError: One is missing, or there are both kinds, as :func:`open_together`; or they hold something else.
     """
-    found = {kind: sorted(file.name for file in path.glob(f"{kind}_scales_*.pt")) for kind in KINDS}
+    names = [file.name for file in names_in(path, ".pt")]
+    found = {kind: [name for name in names if name.startswith(f"{kind}_scales_")] for kind in KINDS}
     kinds = [kind for kind in KINDS if found[kind]]
     if not kinds:
         return None
@@ -71,7 +73,7 @@ def open_scales(path: Path, ranks: int) -> ExpertScales | None:
     if wrong:
         fault = "is missing" if wrong[0] in expected else f"has no consolidated file: there are {ranks}"
         raise InputError(f"{show(path / wrong[0])}: {fault}{and_more(len(wrong) - 1)}", DOWNLOAD_HINT)
-    files = [open_pth(path / name) for name in expected]
+    files = open_together([path / name for name in expected])
     for file in files:
         others = [*file.others, *(key for key in file.tensors if not _SCALE.fullmatch(key))]
         if others or file.tensors.keys() != files[0].tensors.keys():

@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from l4convert.checkpoint.combiners import OnTop, SideBySide
 from l4convert.checkpoint.lazy import Derived, LazyTensor
-from l4convert.checkpoint.pth_file import DOWNLOAD_HINT, PthFile, open_pth
+from l4convert.checkpoint.pth_file import DOWNLOAD_HINT, PthFile, open_pth, open_together
+from l4convert.checkpoint.remote import names_in
 from l4convert.checkpoint.text import and_more, show
 from l4convert.errors import InputError
 
@@ -105,7 +106,7 @@ def open_shards(path: Path) -> Shards:
         InputError: One is missing, or there are files that Meta's code would take for others; or as :func:`open_pth`
             and :class:`Shards`.
     """
-    names = sorted(file.name for file in path.glob("*.pth"))
+    names = [file.name for file in names_in(path, ".pth")]
     if names == ["consolidated.pth"]:
         return Shards([open_pth(path / names[0])])
     expected = [f"consolidated.{rank:02d}.pth" for rank in range(max(1, min(len(names), MAX_SHARDS)))]
@@ -118,7 +119,7 @@ def open_shards(path: Path) -> Shards:
         raise InputError(
             f"{show(path / extra[0])}: not a part of the model, which has {expected[-1]} as its last", hint
         )
-    return Shards([open_pth(path / name) for name in names])
+    return Shards(open_together([path / name for name in names]))
 
 
 def _require_tensors(file: PthFile) -> None:

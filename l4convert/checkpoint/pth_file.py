@@ -8,17 +8,20 @@ memory-mapped file.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from l4convert.checkpoint.combiners import Transposed
 from l4convert.checkpoint.lazy import LazyTensor
-from l4convert.checkpoint.safetensors_file import LFS_POINTER, stored_at
+from l4convert.checkpoint.remote import RemoteFile, RemoteReader, remote_file
+from l4convert.checkpoint.safetensors_file import LFS_POINTER, FileState, Stored, file_state
 from l4convert.checkpoint.state_names import PickledTensor
 from l4convert.checkpoint.state_pickle import MAX_BYTES, read_state
 from l4convert.checkpoint.text import quote, require_file, show
@@ -34,6 +37,7 @@ _ENTRY = re.compile(
     re.ASCII,
 )
 _SMALL_BYTES = 64
+_BLOCK_BYTES = 4096  # read of a file on a server at a time, for a few fields of its directory
 _NEWEST_VERSION = 10  # caffe2/serialize/versions.h, kMaxSupportedFileFormatVersion
 
 
@@ -59,12 +63,11 @@ def open_pth(path: Path) -> PthFile:
         InputError: It is not a state dict as ``torch.save`` writes one, or not whole.
     """
     where = show(path)
-    require_file(path, DOWNLOAD_HINT)
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
+        with _opened(path) as file:
+            found = remote_file(path) or file_state(path, os.fstat(file.fileno()))
             _check_magic(file, where)
-            entries = _entries(read_directory(file, status.st_size, where), where)
+            entries = _entries(read_directory(file, found.size, where), where)
             _check_version(file, entries, where)
             pickle = entries["data.pkl"]
             if pickle.size > MAX_BYTES:
@@ -75,11 +78,24 @@ def open_pth(path: Path) -> PthFile:
     except OSError as error:
         raise InputError(f"{where}: cannot be read: {show(error.strerror)}") from error
     tensors = {
-        key: _tensor(path, status, key, value, entries)
+        key: _tensor(found, where, key, value, entries)
         for key, value in state.items()
         if isinstance(value, PickledTensor)
     }
     return PthFile(path, tensors, tuple(key for key in state if key not in tensors))
+
+
+def open_together(paths: Sequence[Path]) -> list[PthFile]:
+    """:func:`open_pth` of several files; of those on a server at once, for each is asked for hundreds of places."""
+    with ThreadPoolExecutor(max(1, sum(remote_file(path) is not None for path in paths))) as executor:
+        return list(executor.map(open_pth, paths))
+
+
+def _opened(path: Path) -> BinaryIO:
+    if far := remote_file(path):
+        return io.BufferedReader(RemoteReader(far), _BLOCK_BYTES)
+    require_file(path, DOWNLOAD_HINT)
+    return path.open("rb")
 
 
 def _check_magic(file: BinaryIO, where: str) -> None:
@@ -127,10 +143,10 @@ def _content(file: BinaryIO, entry: ZipEntry) -> bytes:
 
 
 def _tensor(
-    path: Path, status: os.stat_result, key: str, tensor: PickledTensor, entries: Mapping[str, ZipEntry]
+    file: FileState | RemoteFile, path: str, key: str, tensor: PickledTensor, entries: Mapping[str, ZipEntry]
 ) -> LazyTensor:
-    """The tensor where it lies, after checking that it is all there."""
-    where = f"{show(path)}: tensor '{show(key)}'"
+    """The tensor where it lies, after checking that it is all there; ``path``: as messages have it."""
+    where = f"{path}: tensor '{show(key)}'"
     storage = tensor.storage
     entry = entries.get(f"data/{storage.key}")
     if entry is None:
@@ -148,11 +164,11 @@ def _tensor(
         raise InputError(f"{where}: {what} of {entry.size:,} bytes", DOWNLOAD_HINT)
     offset = entry.offset + tensor.offset * width
     if _contiguous(tensor.shape, tensor.strides):
-        return stored_at(path, status, key, tensor.dtype, tensor.shape, offset)
+        return Stored(file, key, tensor.dtype, tensor.shape, offset)
     shape, strides = (list(values) for values in (tensor.shape, tensor.strides))
     shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
     if len(shape) > 1 and _contiguous(shape, strides):
-        return Transposed(stored_at(path, status, key, tensor.dtype, tuple(shape), offset))
+        return Transposed(Stored(file, key, tensor.dtype, tuple(shape), offset))
     what = f"a view with strides {list(tensor.strides)} for shape {list(tensor.shape)}"
     raise InputError(f"{where}: {what}, which cannot be read in place", "save it again after .contiguous()")
 

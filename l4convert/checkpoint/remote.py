@@ -7,6 +7,8 @@ a network library; :mod:`l4convert.checkpoint.hub` does.
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -14,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -90,6 +92,31 @@ class RemoteFile:
         return bytes(buffer)
 
 
+class RemoteReader(io.RawIOBase):
+    """A file on a server for those who read a little here and there; within an ``io.BufferedReader``."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        self._position = begin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(self._position, self._position + len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
 @dataclass(frozen=True)
 class Span:
     """The bytes of one tensor in a file: what is read ahead of and kept together."""
@@ -113,6 +140,11 @@ def complete(folder: Path, files: Iterable[RemoteFile]) -> None:
 def remote_file(path: Path) -> RemoteFile | None:
     """The file on a server that stands at ``path``, unless a file lies there."""
     return None if path.exists() else _files.get(path)
+
+
+def remote_files(folder: Path) -> list[RemoteFile]:
+    """Those that stand in a folder."""
+    return [file for path in _files if path.parent == folder and (file := remote_file(path))]
 
 
 def known_etag(path: Path) -> str | None:

@@ -59,7 +59,7 @@ SAFETENSORS_NAMES: Mapping[ir.DataType, str] = {dtype: name for name, dtype in D
 
 
 @dataclass(frozen=True)
-class _FileState:
+class FileState:
     """A file as it was when its header was read; a mapping made later must find the same one."""
 
     path: str
@@ -68,9 +68,16 @@ class _FileState:
 
 
 class Stored(LazyTensor):
-    """A tensor in a safetensors file; tiles are read-only views of the memory-mapped file (possibly unaligned).
+    """A tensor in a file; tiles are read-only views of the memory-mapped file (possibly unaligned).
 
     Of a file on a server, they are copies.
+
+    Args:
+        state: The file as it was when it was seen that the tensor fits into it.
+        key: The tensor's name in it.
+        dtype: Of its elements, little-endian.
+        shape: In C order, without gaps.
+        offset: Where it begins, in bytes from the beginning of the file.
 
     Attributes:
         file: The file.
@@ -79,7 +86,7 @@ class Stored(LazyTensor):
     """
 
     def __init__(
-        self, state: _FileState | RemoteFile, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int
+        self, state: FileState | RemoteFile, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int
     ) -> None:
         super().__init__(dtype, shape, name=key)
         self.file = _path(state.path)
@@ -144,7 +151,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     Raises:
         InputError: The file is not exactly one well-formed safetensors file.
     """
-    state: _FileState | RemoteFile
+    state: FileState | RemoteFile
     if far := remote_file(path):
         state = far
         length, header = _read_header(path, lambda start, nbytes: far.read(start, start + nbytes), far.size)
@@ -159,7 +166,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     return {entry.name: Stored(state, entry.name, entry.dtype, entry.shape, data + entry.begin) for entry in entries}
 
 
-def _open_file(path: Path) -> tuple[_FileState, int, dict[str, Any]]:
+def _open_file(path: Path) -> tuple[FileState, int, dict[str, Any]]:
     """A file of this machine: its state, and the length and content of its header."""
     require_file(path, "download the checkpoint again, or finish the download")
     try:
@@ -168,23 +175,12 @@ def _open_file(path: Path) -> tuple[_FileState, int, dict[str, Any]]:
             header = _read_header(path, lambda _, nbytes: file.read(nbytes), status.st_size)
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be read: {show(error.strerror)}") from error
-    return _FileState(str(path), status.st_size, status.st_mtime_ns), *header
+    return file_state(path, status), *header
 
 
-def stored_at(
-    path: Path, status: os.stat_result, key: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int
-) -> Stored:
-    """A tensor at a place in a file of another format that was found there by a reader which checked that it fits.
-
-    Args:
-        path: The file.
-        status: As it was when it was read.
-        key: The tensor's name in it.
-        dtype: Of its elements, little-endian.
-        shape: In C order, without gaps.
-        offset: Where it begins, in bytes from the beginning of the file.
-    """
-    return Stored(_FileState(str(path), status.st_size, status.st_mtime_ns), key, dtype, shape, offset)
+def file_state(path: Path, status: os.stat_result) -> FileState:
+    """What is kept in mind of a file that is open."""
+    return FileState(str(path), status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -262,13 +258,13 @@ def _path(path: str) -> Path:
     return Path(path)
 
 
-def _require_same(state: _FileState, status: os.stat_result) -> None:
+def _require_same(state: FileState, status: os.stat_result) -> None:
     if (status.st_size, status.st_mtime_ns) != (state.size, state.modified_ns):
         raise InputError(f"{show(state.path)}: changed since it was opened", "start again")
 
 
 @lru_cache(maxsize=MAX_OPEN_FILES)
-def _mapped(state: _FileState) -> np.ndarray:
+def _mapped(state: FileState) -> np.ndarray:
     """The file's bytes, uint8; read-only. One dropped from the cache lives on as long as an array looks into it."""
     try:
         with Path(state.path).open("rb") as file:

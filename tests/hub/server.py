@@ -67,7 +67,7 @@ class Hub:
     commit: str = COMMIT
     refs: dict[str, str] = field(default_factory=dict)
     redirect: bool = True
-    lfs: tuple[str, ...] = (".safetensors", ".pth")
+    lfs: tuple[str, ...] = (".safetensors", ".pth", ".pt")
     token: str | None = None
     gated: bool = False
     xet: bool = False

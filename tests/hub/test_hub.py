@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from huggingface_hub import close_session, constants, hf_hub_download
 
 from l4convert import cli
 from l4convert.checkpoint import open_checkpoint, remote
-from l4convert.checkpoint.hub import spool
+from l4convert.checkpoint.hub import local_checkpoint, spool
 from l4convert.emit import source_digests
 from l4convert.emit.manifest import same_sources
 from l4convert.errors import BackendMissing, InputError, UsageError
@@ -30,6 +31,7 @@ from tests.checkpoints import write_random_checkpoint
 from tests.compressed import compress
 from tests.hub.conftest import REPO, Serve, environment
 from tests.hub.server import Answer, Hub, Request, first, ranged
+from tests.meta_checkpoints import quantize_impls, write_quantized
 
 CKPT = Path(f"hf://{REPO}")
 # Wide enough that no weight is so small that it is stored in the graph.
@@ -386,9 +388,29 @@ def test_a_header_that_cannot_be_is_not_fetched(serve: Serve, tmp_path: Path, pr
 def test_other_formats_are_named(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "config.json").write_text("{}")
-    (tmp_path / "ckpt" / "consolidated.00.pth").write_bytes(b"PK")
+    (tmp_path / "ckpt" / "pytorch_model.bin").write_bytes(b"PK")
     serve(tmp_path / "ckpt")
-    assert_refused(lambda: open_checkpoint(CKPT), ["no safetensors", "hf download"])
+    assert_refused(lambda: open_checkpoint(CKPT), ["no weights", ".safetensors"])
+
+
+def test_metas_own_files_are_read_in_ranges(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_quantized(tmp_path / "ckpt", "int4", quantize_impls(monkeypatch), shards=2)
+    weights = [path for path in folder.iterdir() if path.suffix in {".pth", ".pt"}]
+    assert len(weights) == 4
+    hub = serve(folder)
+    for source, out in ((folder, "here"), (CKPT, "far")):
+        assert cli.run(["-q", "convert", str(source), "-o", str(tmp_path / out), "--recipe", "keep"]) == 0
+    here, far = (json.loads((tmp_path / out / "l4convert.json").read_text()) for out in ("here", "far"))
+    assert here["files"] == far["files"]
+    assert same_sources(far["source"]["files"], here["source"]["files"])
+    total = sum(path.stat().st_size for path in weights)
+    entries = sum(len(ZipFile(path).namelist()) for path in weights)
+    assert hub.sent <= total + (entries + 40) * 4096, "more than each byte once, and a block an entry"
+    assert stored_locally(constants.HF_HUB_CACHE) < 10_000
+    downloaded = local_checkpoint(CKPT)
+    assert {path.name: path.read_bytes() for path in downloaded.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
 
 
 def test_without_the_library_the_install_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from l4convert.errors import RemoteError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-WEIGHTS = ".safetensors"
+# Of either kind. A repository with both is one of Hugging Face's: Meta's files are the same weights again.
+_WEIGHTS = ((".safetensors",), (".pth", ".pt"))
 # Configuration, index, tokenizer, chat template.
 _SMALL = (".json", ".jinja", ".model")
 # The largest that formats read whole (an index); Llama 4's tokenizer.json has 28 MB.
@@ -87,18 +88,16 @@ def open_folder(address: Address) -> Opened:
             raise error from error.__cause__
     small = [file.name for file in listing.files if file.name.endswith(_SMALL) and file.nbytes <= _SMALL_BYTES]
     folder = fetch(address, listing, small)
-    remote = [
-        _remote(folder, listing.source, file)
-        for file in listing.files
-        if file.name.endswith(WEIGHTS) and not (folder / file.name).exists()
-    ]
+    kinds = [[file for file in listing.files if file.name.endswith(kind)] for kind in _WEIGHTS]
+    weights = next(filter(None, kinds), None)
+    if weights is None:
+        raise RemoteError(
+            f"{address}: holds no weights, neither {' nor '.join(kind[0] for kind in _WEIGHTS)} files",
+            "of a repository, only the files that lie in no folder are read",
+        )
+    remote = [_remote(folder, listing.source, file) for file in weights if not (folder / file.name).exists()]
     name_folder(folder, str(listing.source))
     complete(folder, remote)
-    if not remote and not any(file.name.endswith(WEIGHTS) for file in listing.files):
-        raise RemoteError(
-            f"{address}: holds no safetensors files",
-            f"only those are read from the hub; `hf download {address.repo}`, and give the folder",
-        )
     _greet(remote)
     return Opened(folder, listing.source)
 

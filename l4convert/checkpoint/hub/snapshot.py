@@ -9,8 +9,8 @@ from pathlib import Path
 
 from l4convert.checkpoint.hub.address import find_address
 from l4convert.checkpoint.hub.faults import trying
-from l4convert.checkpoint.hub.listing import WEIGHTS, Opened, open_folder, quiet
-from l4convert.checkpoint.remote import RemoteFile, names_in, remote_file
+from l4convert.checkpoint.hub.listing import Opened, open_folder, quiet
+from l4convert.checkpoint.remote import RemoteFile, remote_files
 from l4convert.checkpoint.text import show
 from l4convert.errors import InputError
 from l4convert.progress import NO_PROGRESS, Progress, format_amount
@@ -39,7 +39,7 @@ def local_checkpoint(path: Path, progress: Progress = NO_PROGRESS, tell: Callabl
     if address is None:
         return path
     opened = open_folder(address)
-    files = [file for path in names_in(opened.folder, WEIGHTS) if (file := remote_file(path))]
+    files = remote_files(opened.folder)
     if files:
         total = sum(file.size for file in files)
         what = f"{format_amount(total, 'B')} in {len(files)} files"
