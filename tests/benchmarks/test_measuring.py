@@ -23,7 +23,7 @@ def python(code: str) -> list[str]:
 
 def test_time_and_memory_are_the_process_s_own() -> None:
     done = measuring.run(python("import time; block = bytearray(b'x') * 300_000_000; time.sleep(0.3)"))
-    assert 0.3 <= done.seconds < 5
+    assert 0.3 <= done.seconds < 30
     assert 300 * MB <= done.peak_rss < 400 * MB
     assert 300 * MB <= done.peak_anonymous <= done.peak_rss
 

@@ -249,7 +249,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
     address = f"ray://127.0.0.1:{_free_port()}"
     start = time.monotonic()
     code, out, err = _finish(_start(tmp_path / "absent", tmp_path / "out", address))
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     assert (code, out) == (3, "")
     assert err.startswith(f"error: {address}: no cluster can be reached there: ")
     assert err.count("\n") == 2
