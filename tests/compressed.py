@@ -41,6 +41,7 @@ def compress(
     Returns:
         ``path``.
     """
+    import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.utils.match import match_name
@@ -58,7 +59,8 @@ def compress(
         if plain:
             result[name] = tensor
             continue
-        local = compressor.compress({"weight": tensor, **_scales(tensor, scheme.weights)}, scheme)
+        with torch.compiler.set_stance("force_eager"):  # else rounding to FP4 is compiled, which takes a minute
+            local = compressor.compress({"weight": tensor, **_scales(tensor, scheme.weights)}, scheme)
         result |= {f"{module}.{key}": value.contiguous() for key, value in local.items()}
     path.mkdir(parents=True)
     save_sharded(path, result, shards)

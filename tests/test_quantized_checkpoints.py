@@ -27,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "Scout W4A16": ({}, {}, "int4", "carried over"),
     "Maverick W4A16, kept": (dict(MAVERICK), {}, "keep", "carried over"),
     "multimodal, zero points": ({"conditional": True}, {"symmetric": False}, "none", "kept dequantized"),
-    "8 bits": ({}, {"num_bits": 8}, "keep", "kept dequantized"),
+    "8 bits and biases": ({"attention_bias": True}, {"num_bits": 8}, "keep", "kept dequantized"),
 }
 
 

@@ -55,14 +55,14 @@ def decompress_compressed_tensors(state: State, config: Mapping[str, Any]) -> St
     try:
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationConfig
-        from compressed_tensors.utils.match import match_name
+        from compressed_tensors.utils.match import match_targets
     except ImportError as error:
         raise backend_missing("compressed_tensors") from error
     whole = QuantizationConfig.model_validate(_without_order(config))
+    schemes = {target: scheme for scheme in whole.config_groups.values() for target in scheme.targets}
     result, modules = _by_module(state)
     for module, tensors in modules.items():
-        schemes = whole.config_groups.values()
-        scheme = next(s for s in schemes if any(t == "Linear" or match_name(module, t) for t in s.targets))
+        scheme = schemes[match_targets(module, _module_like(module), schemes)[0]]
         compressor: Any = BaseCompressor.get_value_from_registry(scheme.format or whole.format)
         if "weight_global_scale" in tensors:
             result[f"{module}.weight"] = decompress_nvfp4(tensors, scheme)
@@ -129,17 +129,27 @@ def _by_module(state: State) -> tuple[State, dict[str, State]]:
     plain: State = {}
     for key, value in state.items():
         module, _, name = key.rpartition(".")
-        if module in marked:
+        if module in marked and name != "bias":
             modules.setdefault(module, {})[name] = value
         else:
             plain[key] = value
     return plain, modules
 
 
+def _module_like(module: str) -> Any:
+    """A module of the class that patterns know the one of this name by."""
+    import torch
+    from transformers.models.llama4.modeling_llama4 import Llama4Router
+
+    kinds = {"embed_tokens": torch.nn.Embedding, "router": Llama4Router}
+    kind: Any = kinds.get(module.rpartition(".")[2], torch.nn.Linear)
+    return kind.__new__(kind)  # its class is all that counts
+
+
 def _without_order(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without ``actorder``, whose kind with g_idx the library no longer takes."""
     groups = {
-        name: {**group, "weights": {k: v for k, v in group["weights"].items() if k != "actorder"}}
+        name: {**group, "weights": {k: v for k, v in (group.get("weights") or {}).items() if k != "actorder"} or None}
         for name, group in config["config_groups"].items()
     }
     return {**config, "config_groups": groups}

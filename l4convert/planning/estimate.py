@@ -33,6 +33,8 @@ SECONDS = 2.0
 _SCRATCH_BYTES = 128 << 20
 _DIGEST_BYTES = 16 << 20
 _SIGMA = 0.02  # of weights, as Llama's are
+# Bits of random bytes that are kept: no NaN, no MX scale above 1, no code of one a byte beyond the bits of its scheme.
+_SOUND_BITS = {ir.DataType.FLOAT8E4M3FN: 0x77, ir.DataType.UINT8: 0x77, ir.DataType.INT8: 0x07}
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)\.")
 
 
@@ -110,13 +112,13 @@ def _with_noise(tensor: LazyTensor, content: bytes) -> LazyTensor:
         result.parts = tuple(_with_noise(part, content) for part in tensor.parts)
         return result
     dtype = tensor.dtype.numpy()
-    if len(tensor.dims) < 2:
-        return Constant(np.zeros(tensor.dims, dtype))
-    if tensor.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT):
+    scales = tensor.dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT)
+    if len(tensor.dims) < 2:  # NVFP4 has no scale of 0
+        return Constant(np.full(tensor.dims, _SIGMA if scales else 0, dtype))
+    if scales:
         pool = np.full(TILE_ELEMENTS, _SIGMA, dtype)
     else:
-        pool = np.frombuffer(content, np.uint8)
-        pool = (pool & 0x77 if tensor.dtype == ir.DataType.FLOAT8E4M3FN else pool).view(dtype)  # no NaN
+        pool = (np.frombuffer(content, np.uint8) & _SOUND_BITS.get(tensor.dtype, 0xFF)).view(dtype)
     return Noise(tensor.name or "", tensor.dims, pool)
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from l4convert import pipeline
+from l4convert.checkpoint import open_checkpoint
+from l4convert.checkpoint.prequantized import quantized_parts
 from l4convert.pipeline import PlanOptions, plan_conversion
 from l4convert.planning import estimate
-from l4convert.planning.estimate import TimePlan, sample_layers
+from l4convert.planning.estimate import TimePlan, noise_like, sample_layers
+from tests.checkpoint.llmcompressor.make import HERE
+from tests.checkpoints import write_random_checkpoint
+from tests.compressed import compress
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +84,22 @@ def test_measuring_is_not_the_default(nano: Path, monkeypatch):
 def test_one_layer_of_each_kind_is_sampled():
     assert sample_layers([False, True, False, True]) == [0, 1]
     assert sample_layers([True, True]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("form", "weights"),
+    [
+        ("nvfp4-pack-quantized", None),
+        ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "scale_dtype": "torch.uint8"}),
+        ("int-quantized", {"num_bits": 4}),
+        ("pack-quantized", {"num_bits": 4, "symmetric": False}),
+    ],
+)
+def test_random_content_has_sound_codes_and_scales(form: str, weights: dict[str, Any] | None, tmp_path: Path):
+    path = HERE / "nvfp4"
+    if weights is not None:
+        source = write_random_checkpoint(tmp_path / "source", num_hidden_layers=1, num_local_experts=1)
+        path = compress(source, tmp_path / form, {"strategy": "group", "group_size": 32, **weights}, form=form)
+    tensors = open_checkpoint(path).tensors.values()
+    for tensor in (tensor for tensor in tensors if next(quantized_parts(tensor), None) is not None):
+        assert np.isfinite(noise_like(tensor, tensor).numpy()).all()

@@ -1,68 +1,50 @@
-"""compressed-tensors' formats of floating-point codes: ``float-quantized`` (FP8) and ``nvfp4-pack-quantized``.
+"""compressed-tensors' formats of floating-point codes: FP8, NVFP4, MXFP4 and MXFP8.
 
-FP8 has one scale for a tensor, for each output channel, or for each block of rows and columns
-(compressed_tensors/compressors/naive_quantized); NVFP4 has E4M3 scales of 16 elements along K, which one float32 scale
-of the tensor divides (compressed_tensors/compressors/nvfp4).
+FP8 has scales of any granularity (compressed_tensors/compressors/naive_quantized); NVFP4 has E4M3 scales of 16 elements
+along K, which one float32 scale of the tensor divides (compressed_tensors/compressors/nvfp4); the scales of the MX
+formats are powers of two (compressed_tensors/compressors/mx_utils.py).
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.fields import Fields
 from l4convert.checkpoint.lazy import LazyTensor
-from l4convert.checkpoint.names import Shape
 from l4convert.checkpoint.prequantized import Prequantized
-from l4convert.checkpoint.quantized.floats import (
-    NVFP4_BLOCK,
-    Finite,
-    Nested,
-    Repeated,
-    e4m3_weight,
-    nvfp4_weight,
-)
-from l4convert.checkpoint.quantized.source import FLOAT_SCALES, Source, matrix
-from l4convert.checkpoint.text import quote
+from l4convert.checkpoint.quantized.compressed_scales import read_scales
+from l4convert.checkpoint.quantized.floats import NVFP4_BLOCK, Finite, Nested, UnpackedE2M1, nvfp4_weight
+from l4convert.checkpoint.quantized.source import Source, matrix
 
 E4M3 = ir.DataType.FLOAT8E4M3FN
 
 
-def read_fp8(source: Source, weights: Fields, weight: str, per_token: bool) -> LazyTensor:
-    """A weight [N, K] of format ``float-quantized``: ``weight`` and ``weight_scale``.
+def read_fp8(source: Source, weights: Fields, weight: str, per_token: bool, exponents: bool = False) -> LazyTensor:
+    """A weight [N, K] of format ``float-quantized`` or ``naive-quantized``: ``weight`` and ``weight_scale``.
 
     Args:
         source: The tensors.
         weights: The scheme of weights.
         weight: Its name.
         per_token: The scheme rounds activations token by token, too (:func:`rounds_per_token`).
+        exponents: The format is ``mxfp8-quantized``: scales are powers of two.
     """
-    rows, depth = matrix(source, weight)
     _require_type(weights, 8)
-    codes = source.require(weight, (E4M3,), (rows, depth))
-    strategy = weights.get("strategy", "tensor")
-    name = f"{weight}_scale"
-    if strategy == "block":
-        return _in_blocks(source, weights, codes, name)
-    found = source.stored.get(name)
-    possible: Mapping[object, tuple[Shape, ...]] = {"tensor": ((1,), (), (1, 1)), "channel": ((rows, 1), (rows,))}
-    shapes = possible.get(strategy) if isinstance(strategy, str) else None
-    if shapes is None:
-        weights.fail("strategy", f"is {quote(strategy)}: not supported for FP8", "supported: tensor, channel, block")
-    shape = found.dims if found is not None and found.dims in shapes else shapes[0]
-    return e4m3_weight(codes, source.require(name, FLOAT_SCALES, shape), per_token)
+    codes = source.require(weight, (E4M3,), matrix(source, weight))
+    scales, block_size = read_scales(source, weights, weight, exponents)
+    return Prequantized(Finite(codes), scales, block_size, activations=per_token and block_size == codes.dims[1])
 
 
-def _in_blocks(source: Source, weights: Fields, codes: LazyTensor, name: str) -> LazyTensor:
-    rows, depth = codes.dims
-    given = weights.array("block_structure") or []
-    if len(given) != 2:
-        weights.fail("block_structure", f"is {quote(given)}, expected rows and columns of a block")
-    height, width = (weights.checked_integer(f"block_structure[{i}]", size, 1, 1 << 20) for i, size in enumerate(given))
-    scales = Finite(source.require(name, FLOAT_SCALES, (-(-rows // height), -(-depth // width))))
-    return Prequantized(Finite(codes), Repeated(scales, (rows, scales.dims[1]), height), min(width, depth))
+def read_mxfp4(source: Source, weights: Fields, weight: str) -> LazyTensor:
+    """A weight [N, K] of format ``mxfp4-pack-quantized``: bytes of two codes, and a power of two for each group."""
+    rows, depth = matrix(source, weight)
+    _require_type(weights, 4)
+    scales, block_size = read_scales(source, weights, weight, exponents=True)
+    packed = source.require(f"{weight}_packed", (ir.DataType.UINT8,), (rows, -(-depth // 2)))
+    if depth % 2:
+        weights.fail("format", f"packs pairs, but a row has {depth} elements")
+    return Prequantized(UnpackedE2M1(packed), scales, block_size)
 
 
 def read_nvfp4(source: Source, weights: Fields, weight: str) -> LazyTensor:

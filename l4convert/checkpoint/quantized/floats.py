@@ -20,6 +20,7 @@ from l4convert.errors import InputError
 #: Elements along K that share an E4M3 scale in NVFP4.
 NVFP4_BLOCK = 16
 
+_E8M0_BIAS, _E8M0_NAN = 127, 255
 _NAN = 0x7F  # E4M3's only NaN, but for the sign; all codes below are finite
 _HINT = "the checkpoint is damaged: compare its files' digests with the publisher's"
 
@@ -113,6 +114,20 @@ class Nested(Derived):
         return self._combine(blocks.tile(batch, rows, cols).astype(np.float32), scale)
 
 
+class PowersOfTwo(Derived):
+    """MX scales: E8M0 bytes ``e`` as ``2 ** (e - 127)`` in float32, which is exact; 255 is NaN (Microscaling Formats
+    1.0, section 5.4.1) and refused."""
+
+    def __init__(self, exponents: LazyTensor) -> None:
+        super().__init__([exponents], ir.DataType.FLOAT, exponents.dims, exponents.matrix)
+
+    def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
+        stored = self.parts[0].tile(batch, rows, cols)
+        if broken := int(np.count_nonzero(stored == _E8M0_NAN)):
+            raise InputError(f"{self.origin} has {broken} NaN values", _HINT)
+        return np.ldexp(np.float32(1), stored.astype(np.int32) - _E8M0_BIAS)
+
+
 class UnpackedE2M1(Derived):
     """Bytes [..., N, K / 2] as the E2M1 codes [..., N, K], one element each in memory."""
 
@@ -132,28 +147,36 @@ class UnpackedE2M1(Derived):
         return codes[:, begin : begin + cols.stop - cols.start].view(ml_dtypes.float4_e2m1fn)
 
 
+def row_scales(scales: LazyTensor, dims: Sequence[int]) -> LazyTensor:
+    """Scales as [..., N, 1], one a row.
+
+    Args:
+        scales: One for all: [], [1] or [1, 1]; one a matrix: [E] where there are several; one a row: [N] where there is
+            one matrix, or [..., N, 1].
+        dims: Of the codes, [..., N, K].
+    """
+    *lead, rows, _ = dims
+    target = [*lead, rows, 1]
+    if scales.dims == (rows,) and not lead:
+        return Upright(scales, target)
+    if scales.dims == tuple(lead) and lead:
+        return Repeated(Upright(scales, [*lead, 1, 1]), target, rows)
+    return Repeated(scales, target, rows) if scales.matrix == (1, 1, 1) else scales
+
+
 def e4m3_weight(codes: LazyTensor, scales: LazyTensor, activations: bool = False) -> Prequantized:
     """A weight [..., N, K] of E4M3 codes.
 
     Args:
         codes: FLOAT8E4M3FN [..., N, K].
-        scales: One for all: [], [1] or [1, 1]; one a matrix: [E] where there are several; one a row: [N] where there is
-            one matrix, or [..., N, 1].
+        scales: As :func:`row_scales` takes them.
         activations: The checkpoint means inputs to be rounded to FP8, too, token by token.
 
     Raises:
         ValueError: The shapes do not fit.
     """
-    *lead, rows, depth = codes.dims
-    dims = [*lead, rows, 1]
-    scales = Finite(scales)
-    if scales.dims == (rows,) and not lead:
-        scales = Upright(scales, dims)
-    elif scales.dims == tuple(lead) and lead:
-        scales = Repeated(Upright(scales, [*lead, 1, 1]), dims, rows)
-    elif scales.matrix == (1, 1, 1):
-        scales = Repeated(scales, dims, rows)
-    return Prequantized(Finite(codes), scales, depth, activations=activations)
+    scales = row_scales(Finite(scales), codes.dims)
+    return Prequantized(Finite(codes), scales, codes.dims[-1], activations=activations)
 
 
 def nvfp4_weight(packed: LazyTensor, scales: LazyTensor) -> Prequantized:

@@ -46,16 +46,19 @@ class Patterns:
     def __init__(self, patterns: Iterable[str]) -> None:
         given = list(patterns)
         self._names = frozenset(pattern for pattern in given if not pattern.startswith("re:"))
-        expressions = [pattern.removeprefix("re:") for pattern in given if pattern.startswith("re:")]
+        expressions = sorted({pattern.removeprefix("re:") for pattern in given if pattern.startswith("re:")})
         if len(expressions) > MAX_EXPRESSIONS:
             raise UnusablePatternError(f"{len(expressions):,} regular expressions, more than {MAX_EXPRESSIONS}")
-        parsed = {expression: _parsed(expression) for expression in expressions}
-        self._simple = [(re.compile(text), _repeats(items)) for text, items in parsed.items() if _is_simple(items)]
-        self._others = [(text, items) for text, items in parsed.items() if not _is_simple(items)]
+        self._expressions = [_Expression(text, _parsed(text)) for text in expressions]
         self._budget = _Budget()
 
     def match(self, name: str, kinds: Iterable[str] = ("Linear",)) -> bool:
-        """Whether one of them is about a module.
+        """Whether one of them is about a module: see :meth:`find`."""
+        return not self._names.isdisjoint(kinds) or self.find(name) is not None
+
+    def find(self, name: str, kinds: Iterable[str] = ()) -> str | None:
+        """The pattern that decides about a module: its name, else an expression, else a class, the first in
+        alphabetical order, as in the library's ``match_targets``; None where no pattern is about it.
 
         Args:
             name: The module's name in the checkpoint.
@@ -64,13 +67,24 @@ class Patterns:
         Raises:
             UnusablePatternError: An expression uses what is not supported, or takes too long.
         """
-        if name in self._names or not self._names.isdisjoint(kinds):
-            return True
-        for expression, repeats in self._simple:
-            self._budget.spend(max(1, len(name)) ** repeats // factorial(repeats))
-            if expression.match(name):
-                return True
-        return any(_Matcher(self._budget).match(text, items, name) for text, items in self._others)
+        if name in self._names:
+            return name
+        found = next((each.text for each in self._expressions if each.match(name, self._budget)), None)
+        return f"re:{found}" if found is not None else min(self._names.intersection(kinds), default=None)
+
+
+class _Expression:
+    """A parsed expression, matched by Python where that cannot take long."""
+
+    def __init__(self, text: str, items: Any) -> None:
+        self.text, self._items, self._repeats = text, items, _repeats(items)
+        self._simple = re.compile(text) if _is_simple(items) else None
+
+    def match(self, name: str, budget: _Budget) -> bool:
+        if self._simple is None:
+            return _Matcher(budget).match(self.text, self._items, name)
+        budget.spend(max(1, len(name)) ** self._repeats // factorial(self._repeats))
+        return self._simple.match(name) is not None
 
 
 def _parsed(expression: str) -> Any:

@@ -39,11 +39,30 @@ def test_what_llm_compressor_made_is_dequantized_as_its_library_does(name: str) 
     assert open_checkpoint(HERE / name).quantization == WORDS[name]
 
 
-@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
-def test_every_granularity_of_fp8(plain: Path, tmp_path: Path, strategy: str) -> None:
-    more = {"block_structure": [8, 16]} if strategy == "block" else {}
-    path = compress(plain, tmp_path / "fp8", {**FP8, "strategy": strategy, **more}, form="float-quantized")
-    assert_equal_to_library(path)
+MX: Mapping[str, Any] = {**FP8, "strategy": "group", "group_size": 16, "scale_dtype": "torch.uint8"}
+KINDS: dict[str, tuple[Mapping[str, Any], str]] = {
+    "tensor": ({**FP8, "strategy": "tensor"}, "float-quantized"),
+    "channel": ({**FP8, "strategy": "channel"}, "naive-quantized"),
+    "group": ({**FP8, "strategy": "group", "group_size": 8}, "naive-quantized"),
+    "block": ({**FP8, "strategy": "block", "block_structure": [8, 16]}, "float-quantized"),
+    "block in words": ({**FP8, "strategy": "block", "block_structure": "8x16"}, "float-quantized"),
+    "left out": (FP8, "float-quantized"),
+    "MXFP8": (MX, "mxfp8-quantized"),
+    "MXFP4": ({**MX, "num_bits": 4}, "mxfp4-pack-quantized"),
+}
+
+
+@pytest.mark.parametrize(("weights", "form"), KINDS.values(), ids=KINDS.keys())
+def test_every_granularity(plain: Path, tmp_path: Path, weights: Mapping[str, Any], form: str) -> None:
+    assert_equal_to_library(compress(plain, tmp_path / "quantized", weights, form=form))
+
+
+def test_an_mx_scale_that_is_no_number_is_refused(plain: Path, tmp_path: Path) -> None:
+    path = compress(plain, tmp_path / "mx", MX, form="mxfp8-quantized")
+    name = "model.layers.1.feed_forward.experts.0.gate_proj.weight"
+    broken = with_tensors(path, tmp_path / "nan", lambda t: t[f"{name}_scale"][3].fill_(255))
+    with pytest.raises(InputError, match=rf"{name}_scale' has 2 NaN values"):
+        open_checkpoint(broken).tensors[name].numpy()
 
 
 def test_scales_of_layers_as_vectors(tmp_path: Path) -> None:
@@ -91,11 +110,12 @@ def test_nan_codes_are_counted_and_refused(name: str, code: int, tmp_path: Path)
     ("case", "key", "value", "message"),
     [
         ("fp8-dynamic", "num_bits", 4, "num_bits and type are not 8 and 'float'"),
-        ("fp8-dynamic", "type", "int", "num_bits and type are not 8 and 'float'"),
+        ("fp8-dynamic", "type", "int", "is F8_E4M3, expected I8"),
         ("fp8-dynamic", "symmetric", False, "symmetric is false"),
-        ("fp8-dynamic", "strategy", "group", "strategy is 'group': not supported for FP8"),
+        ("fp8-dynamic", "strategy", "token", "strategy is 'token': not supported"),
+        ("fp8-dynamic", "strategy", "group", "group_size must be an integer, not null"),
         ("fp8-dynamic", "strategy", [], "strategy is "),
-        ("fp8-dynamic", "strategy", "block", "block_structure is [], expected rows and columns of a block"),
+        ("fp8-dynamic", "strategy", "block", "block_structure is None, expected rows and columns of a block"),
         ("fp8-dynamic", "strategy", "tensor", "has shape [32, 1], config.json makes it [1]"),
         ("nvfp4", "group_size", 32, "group_size is not 16"),
     ],

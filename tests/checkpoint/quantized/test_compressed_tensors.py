@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from l4convert.checkpoint import open_checkpoint
+from l4convert.checkpoint import Checkpoint, open_checkpoint
+from l4convert.checkpoint.fields import Fields
 from l4convert.checkpoint.prequantized import carried
+from l4convert.checkpoint.quantized.compressed_tensors import Schemes, kinds
 from l4convert.errors import InputError
 from l4convert.parity.reference_weights import decompress_compressed_tensors, quantization_config
 from tests.checkpoint.refusals import assert_refused
 from tests.checkpoints import write_random_checkpoint
-from tests.compressed import IGNORE, W4A16, compress
+from tests.compressed import IGNORE, PACKED, W4A16, compress
 
 ALL = ("re:.*lm_head", "re:.*router")
+CHANNELS = {"strategy": "channel", "group_size": None}
 SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({}, "INT4 in groups of 32"),
+    "one scale": ({"strategy": "tensor", "group_size": None}, "INT4 with one scale a row"),
     "zero points": ({"symmetric": False}, "INT4 in groups of 32 with zero points"),
-    "channels": ({"strategy": "channel", "group_size": None}, "INT4 with one scale a row"),
+    "channels": (CHANNELS, "INT4 with one scale a row"),
     "8 bits": ({"num_bits": 8}, "INT8 in groups of 32"),
     "static order": ({"actorder": "static"}, "INT4 in groups of 32"),
 }
@@ -58,10 +63,83 @@ def test_weights_are_those_that_the_library_decompresses(
     checkpoint = open_checkpoint(path)
     assert checkpoint.quantization is not None
     assert words in checkpoint.quantization
-    expected = decompressed(path)
+    assert_equal(checkpoint, decompressed(path))
+
+
+def assert_equal(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
     assert set(checkpoint.tensors) <= set(expected)
     for name, tensor in checkpoint.tensors.items():
         np.testing.assert_array_equal(tensor.numpy().astype(np.float32), expected[name].float().numpy(), name)
+
+
+# Codes of one a byte: what schemes that round activations, too, are stored as.
+BYTES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "W8A8": ({"num_bits": 8, **CHANNELS}, "int-quantized", "INT8 with one scale a row"),
+    "W8A8 with zero points": ({"num_bits": 8, "symmetric": False}, "int-quantized", "INT8 in groups of 32 with zero"),
+    "W4A8": ({}, "int-quantized", "INT4 in groups of 32"),
+    "naive": ({"num_bits": 8, **CHANNELS}, "naive-quantized", "INT8 with one scale a row"),
+}
+
+
+@pytest.mark.parametrize(("changes", "form", "words"), BYTES.values(), ids=BYTES.keys())
+def test_integers_that_are_not_packed(
+    source: Path, tmp_path: Path, changes: Mapping[str, Any], form: str, words: str
+) -> None:
+    path = compress(source, tmp_path / "checkpoint", {**W4A16, **changes}, form=form, ignore=ALL)
+    checkpoint = open_checkpoint(path)
+    assert words in str(checkpoint.quantization)
+    assert_equal(checkpoint, decompressed(path))
+    codes = carried(checkpoint.tensors[f"{Q_PROJ}.weight"])
+    assert (codes is not None) == words.startswith("INT4")
+    if codes is not None:
+        stored = load_file(path / "model.safetensors")[f"{Q_PROJ}.weight"].numpy()
+        np.testing.assert_array_equal(codes.values.numpy().astype(np.int8), stored)
+        edit(path, lambda t: t[f"{Q_PROJ}.weight"].fill_(8))
+        with pytest.raises(InputError, match=r"q_proj\.weight' has codes beyond the 4 bits of its scheme"):
+            open_checkpoint(path).tensors[f"{Q_PROJ}.weight"].numpy()
+
+
+# Targets of the groups of a config, in order, and the group that the library gives one weight.
+TARGETS: dict[str, tuple[list[list[str]], str, int]] = {
+    "an expression before a class": ([["Linear"], ["re:.*q_proj"]], Q_PROJ, 1),
+    "a name before an expression": ([["re:.*q_proj"], [Q_PROJ]], Q_PROJ, 1),
+    "expressions by the alphabet": ([["re:.*self_attn.*"], ["re:.*q_proj"]], Q_PROJ, 1),
+    "the same target twice": ([["Linear"], ["Linear"]], Q_PROJ, 1),
+    "the class of the embeddings": ([["Linear"], ["Embedding"]], "model.embed_tokens", 1),
+    "two classes of the router": ([["Llama4Router"], ["Linear"]], "model.layers.0.feed_forward.router", 1),
+}
+
+
+@pytest.mark.parametrize(("targets", "module", "group"), TARGETS.values(), ids=TARGETS.keys())
+def test_the_scheme_of_a_module_is_the_librarys_choice(targets: list[list[str]], module: str, group: int) -> None:
+    from compressed_tensors.utils.match import match_targets
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    with torch.device("meta"):
+        config = Llama4TextConfig(num_hidden_layers=1, num_local_experts=1, hidden_size=64, num_attention_heads=1)
+        theirs = match_targets(module, Llama4ForCausalLM(config).get_submodule(module), chain(*targets))[0]
+    groups = {
+        str(i): {"targets": some, "format": PACKED, "weights": {"group_size": i}} for i, some in enumerate(targets)
+    }
+    schemes = Schemes(Fields({"config_groups": groups}, "config.json"))
+    assert theirs in targets[group]
+    assert schemes.of(module, kinds(f"{module}.weight")).weights.get("group_size") == group
+
+
+def test_groups_of_activations_and_caches_leave_weights_as_they_are(source: Path, tmp_path: Path) -> None:
+    attention = {"targets": ["Llama4TextAttention"], "weights": None, "input_activations": {"num_bits": 8}}
+    path = compress(source, tmp_path / "checkpoint", ignore=("re:.*",), config_groups={"group_0": attention})
+    names = {"k_scale": torch.ones(1), "k_zero_point": torch.zeros(1).char(), "q_proj.output_scale": torch.ones(1)}
+    edit(path, lambda t: t.update({f"model.layers.0.self_attn.{name}": tensor for name, tensor in names.items()}))
+    words = (
+        "compressed-tensors: no weights, of 41 tensors; not used: 1 scales of key and value caches,"
+        " 1 static scales of activations"
+    )
+    assert open_checkpoint(path).quantization == words
+    say_groups(path, {}, kv_cache_scheme={"num_bits": 8, "type": "float"})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.quantization == words
+    assert_equal(checkpoint, decompressed(path))
 
 
 def test_what_the_config_ignores_stays_as_it_is(source: Path, tmp_path: Path) -> None:
@@ -118,6 +196,12 @@ def put(suffix: str, tensor: Any) -> Callable[[Path], None]:
     return lambda path: edit(path, lambda t: t.update({f"{Q_PROJ}.{suffix}": tensor}))
 
 
+def say_groups(path: Path, groups: Mapping[str, Any], **keys: Any) -> None:
+    values = json.loads((path / "config.json").read_text())
+    values["quantization_config"] |= {"config_groups": groups, **keys}
+    (path / "config.json").write_text(json.dumps(values))
+
+
 def targets(path: Path, target: object) -> None:
     values = json.loads((path / "config.json").read_text())
     values["quantization_config"]["config_groups"]["group_0"]["targets"] = [target]
@@ -138,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "format is a list": (lambda p: say(p, format=["pack-quantized"]), ["format"]),
     "5 bits": (lambda p: say(p, weights={"num_bits": 5}), ["group_0.weights.num_bits", "5"]),
     "float": (lambda p: say(p, weights={"type": "float"}), ["num_bits", "'float'"]),
-    "strategy": (lambda p: say(p, weights={"strategy": "block"}), ["weights.strategy", "'block'"]),
+    "strategy": (lambda p: say(p, weights={"strategy": "token"}), ["weights.strategy", "'token'"]),
     "group size 0": (lambda p: say(p, weights={"group_size": 0}), ["group_size", "from 1"]),
     "group size that does not divide": (lambda p: say(p, weights={"group_size": 48}), ["group_size", "48", "64"]),
     "other group size": (lambda p: say(p, weights={"group_size": 16}), ["weight_scale", "[64, 2]", "[64, 4]"]),
