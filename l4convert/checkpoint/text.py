@@ -14,6 +14,8 @@ SHOWN_CHARACTERS = 160
 # far above what the index or header of a model with a million tensors has.
 MAX_JSON_CONTAINERS = 1_500_000
 MAX_JSON_ITEMS = 6_000_000
+# An entry of an object takes up to 300 bytes. A manifest has at most seven a tensor, MAX_TENSORS times.
+MAX_JSON_ENTRIES = 600_000
 # Python stores text with any character above U+FFFF in four bytes a character.
 MAX_JSON_WIDE_BYTES = 40_000_000
 
@@ -135,6 +137,9 @@ def _check_amount(data: bytes, what: str) -> None:
     items = data.count(b",") + containers
     if items > MAX_JSON_ITEMS:
         raise InputError(f"{what}: {items:,} items, more than such a file can sensibly have")
+    entries = data.count(b":")
+    if entries > MAX_JSON_ENTRIES:
+        raise InputError(f"{what}: {entries:,} entries of objects, more than such a file can sensibly have")
     if len(data) > MAX_JSON_WIDE_BYTES and not data.isascii():
         raise InputError(f"{what}: {len(data):,} bytes that are not all ASCII, more than such a file can sensibly have")
 
