@@ -62,7 +62,7 @@ def open_pth(path: Path) -> PthFile:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            _check_magic(file, where)
+            _check_magic(file.read(len(LFS_POINTER)) if status.st_size else b"", where)
             entries = _entries(read_directory(file, status.st_size, where), where)
             _check_version(file, entries, where)
             pickle = entries["data.pkl"]
@@ -81,8 +81,7 @@ def open_pth(path: Path) -> PthFile:
     return PthFile(path, tensors, tuple(key for key in state if key not in tensors))
 
 
-def _check_magic(file: BinaryIO, where: str) -> None:
-    begin = file.read(len(LFS_POINTER))
+def _check_magic(begin: bytes, where: str) -> None:
     if begin.startswith(_ZIP):
         return
     if begin == LFS_POINTER:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,27 @@ def require_file(path: Path, hint: str | None = None) -> int:
     raise InputError(f"{show(path)}: {reason}", hint)
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a small file.
+def require_inside(path: Path) -> None:
+    """Refuse a link to a file that does not belong to the folder in which the link lies.
 
     Raises:
-        InputError: It cannot be read, or is larger than ``limit`` bytes.
+        InputError: It leads elsewhere.
+    """
+    folder, file = (Path(os.path.realpath(place)) for place in (path.parent, path))
+    # A Hugging Face cache keeps snapshots/<revision>/<name> as links into blobs/.
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not any(file.is_relative_to(place) for place in (folder, blobs)):
+        raise InputError(f"{show(path)}: a link to a file outside of its folder", "put a copy of the file there")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a small file of a folder that nobody vouches for.
+
+    Raises:
+        InputError: It cannot be read, is larger than ``limit`` bytes, or a link that leads out of the folder.
     """
     size = require_file(path)
+    require_inside(path)
     if size > limit:
         raise InputError(f"{show(path)}: {size:,} bytes, more than the {limit:,} that such a file can sensibly have")
     try:

@@ -103,9 +103,11 @@ FAMILY = Family(
             "a part too many": (copied("consolidated.01.pth"), ("files",)),
             "a part of another name": (copied("evil.pth"), ("consolidated.01.pth", "no such file")),
             "a part that is far away": (copied("consolidated.07.pth"), ("consolidated.0",)),
+            "elsewhere": (outside(FILE), (FILE, "outside of its folder")),
+            "weights are an endless file of procfs": (link(PTH, "/proc/kmsg"), (PTH,)),
             "template elsewhere": (
                 lambda p: ((p / "chat_template.jinja").write_text("x"), outside("chat_template.jinja")(p)),
-                ("chat_template.jinja", "outside the checkpoint"),
+                ("chat_template.jinja", "outside of its folder"),
             ),
             "tokens that are no base64": ranks("!!! 0\n"),
             "tokens without ranks": ranks("YQ==\n"),
