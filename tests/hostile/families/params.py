@@ -73,7 +73,7 @@ FAMILY = Family(
             "moe_args is a list": bad("moe_args", []),
             "ffn_exp is NaN": bad("ffn_exp", math.nan),
             "ffn_exp is 1e300": bad("ffn_exp", 1e300),
-            "ffn_exp is tiny": (having(ffn_exp=1e-300), (FILE, "0 wide")),
+            "ffn_exp is tiny": (having(ffn_exp=1e-30), (FILE, "0 wide")),
             "a multiplier of infinity": bad("ffn_dim_multiplier", math.inf),
             "a multiplier of 1e299": bad("ffn_dim_multiplier", 1e299),
             "a multiple of 2**31": (having(multiple_of=2**31 - 1), (PTH, "2147483647")),
