@@ -162,3 +162,10 @@ def test_the_package_imports_without_its_optional_and_heavy_dependencies():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPO)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_onnxruntime_is_told_not_to_report(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    code = "import l4convert, onnxruntime"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO, env={**env, "HOME": str(tmp_path)})
+    assert not list(tmp_path.rglob("*"))  # else the identifier that it would report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from l4convert.checkpoint.text import json_type, quote, show
 from l4convert.errors import InputError
 
 MAX_INT = 2**31 - 1
+FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, 3.4e38
 _REQUIRED: Any = object()
 
 
@@ -56,16 +56,15 @@ class Fields:
         return value
 
     def number(self, key: str, default: Any = _REQUIRED, positive: bool = True) -> float:
-        """A finite number, greater than zero unless ``positive`` says otherwise."""
+        """A number that float32 can hold, greater than zero unless ``positive`` says otherwise."""
         value = self.get(key, default)
         if type(value) not in (int, float):
             self.fail(key, f"must be a number, not {json_type(value)}")
-        number = (
-            float(value) if abs(value) < 1e300 else math.inf
-        )  # NaN, infinity and huge integers all fail the comparison
-        if not math.isfinite(number) or (positive and number <= 0):
-            self.fail(key, f"is {quote(value)}, must be a finite number{' above 0' if positive else ''}")
-        return number
+        # NaN, infinity and huge integers all fail the comparison.
+        fits = FLOAT32_TINY <= value <= FLOAT32_MAX or (not positive and -FLOAT32_MAX <= value <= FLOAT32_TINY)
+        if not fits:
+            self.fail(key, f"is {quote(value)}, must be a finite number{' above 0' if positive else ''} for float32")
+        return float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED, or_integer: bool = False) -> bool:
         """True or false; ``or_integer``: a natural number too (0 is false)."""

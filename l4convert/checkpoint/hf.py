@@ -22,7 +22,7 @@ from l4convert.checkpoint.quantized import Source, read_quantized
 from l4convert.checkpoint.remote import is_file, names_in
 from l4convert.checkpoint.safetensors_file import DTYPES, MAX_TENSORS, SAFETENSORS_NAMES, Stored, open_safetensors
 from l4convert.checkpoint.templates import check_sidecar
-from l4convert.checkpoint.text import and_more, parse_object, quote, read_bytes, require_file, show
+from l4convert.checkpoint.text import and_more, parse_object, quote, read_bytes, require_file, require_inside, show
 from l4convert.errors import InputError
 
 CONFIG = "config.json"
@@ -56,7 +56,6 @@ def open_hf(path: Path) -> Checkpoint:
         InputError: Anything is missing, unexpected, of another shape or dtype, or not what it says it is.
     """
     require_file(path / CONFIG, DOWNLOAD_HINT)
-    _require_inside(path, path / CONFIG)
     config = read_config(path / CONFIG)
     index = path / INDEX
     weight_map = _read_index(index) if index.exists() or index.is_symlink() else None
@@ -137,6 +136,8 @@ def _shards(path: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
         raise InputError(f"{show(path)}: no {SINGLE}, no {INDEX}", "only safetensors weights can be read")
     if len(found) > 1:
         raise InputError(f"{show(path)}: {len(found)} safetensors files but no {INDEX}", DOWNLOAD_HINT)
+    if not _is_plain(found[0].name):
+        raise InputError(f"{show(found[0])}: not a plain file name", f"call it {SINGLE}")
     return found
 
 
@@ -228,16 +229,7 @@ def sidecars(path: Path, names: Iterable[str] = SIDECARS) -> tuple[Path, ...]:
     """
     present = [path / name for name in names if (path / name).exists() or (path / name).is_symlink()]
     for file in present:
-        _require_inside(path, file)
+        require_inside(file)
         if file.name != CONFIG:
             check_sidecar(file)
     return tuple(present)
-
-
-def _require_inside(path: Path, file: Path) -> None:
-    """Refuse a link to a file that is not of the checkpoint."""
-    folder = path.resolve()
-    # A Hugging Face cache keeps snapshots/<revision>/<name> as links into blobs/.
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    if not any(file.resolve().is_relative_to(place) for place in (folder, blobs)):
-        raise InputError(f"{show(file)}: a link to a file outside the checkpoint", "put a copy of the file there")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig, RopeScaling
-from l4convert.checkpoint.fields import Fields
+from l4convert.checkpoint.fields import MAX_INT, Fields
 from l4convert.checkpoint.text import parse_object, quote, read_bytes, show
 
 MAX_CONFIG_BYTES = 10_000_000
@@ -18,6 +18,7 @@ MAX_CONFIG_BYTES = 10_000_000
 MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_EXPERT_MLPS = 1 << 17
+MAX_CHUNK = 1 << 18  # 32 times Llama 4's; the graph has a rotation for each of its positions
 MAX_TOKEN_ID = (1 << 31) - 1  # transformers and tokenizers hold ids in 32 bits
 
 ARCHITECTURES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
@@ -155,9 +156,10 @@ def _moe_layers(text: Fields, count: int) -> frozenset[int]:
 
 
 def _chunk_size(text: Fields, layers: tuple[LayerConfig, ...], positions: int) -> int:
+    chunked = any(layer.chunked for layer in layers)
     if text.get("attention_chunk_size", 8192) is not None:
-        return text.integer("attention_chunk_size", 8192)
-    if any(layer.chunked for layer in layers):
+        return text.integer("attention_chunk_size", 8192, high=MAX_CHUNK if chunked else MAX_INT)
+    if chunked:
         text.fail("attention_chunk_size", "is null, but there are layers with chunked attention")
     return positions  # used by no layer; as wide as everything there is
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig, RopeScaling
 from l4convert.checkpoint.fields import MAX_INT, Fields
-from l4convert.checkpoint.hf_config import MAX_CONFIG_BYTES, MAX_EXPERT_MLPS, MAX_EXPERTS, MAX_LAYERS
+from l4convert.checkpoint.hf_config import MAX_CHUNK, MAX_CONFIG_BYTES, MAX_EXPERT_MLPS, MAX_EXPERTS, MAX_LAYERS
 from l4convert.checkpoint.text import parse_object, read_bytes, show
 from l4convert.checkpoint.tiktoken_model import special_token_ids
 
@@ -98,7 +98,7 @@ def _layers(params: Fields) -> tuple[tuple[LayerConfig, ...], int | None]:
     """The layers, and the size of chunks; None where attention has none."""
     count = params.integer("n_layers", high=MAX_LAYERS)
     interval = params.integer("nope_layer_interval") if params.has("nope_layer_interval") else None
-    chunk = params.integer("attention_chunk_size", low=0) if params.has("attention_chunk_size") else 0
+    chunk = params.integer("attention_chunk_size", low=0, high=MAX_CHUNK) if params.has("attention_chunk_size") else 0
     moe = params.object("moe_args")
     step = moe.integer("interleave_moe_layer_step", 1) if moe is not None else None
     layers = []

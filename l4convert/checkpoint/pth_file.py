@@ -66,7 +66,7 @@ def open_pth(path: Path) -> PthFile:
     try:
         with _opened(path) as file:
             found = remote_file(path) or file_state(path, os.fstat(file.fileno()))
-            _check_magic(file, where)
+            _check_magic(file.read(len(LFS_POINTER)) if found.size else b"", where)
             entries = _entries(read_directory(file, found.size, where), where)
             _check_version(file, entries, where)
             pickle = entries["data.pkl"]
@@ -98,8 +98,7 @@ def _opened(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _check_magic(file: BinaryIO, where: str) -> None:
-    begin = file.read(len(LFS_POINTER))
+def _check_magic(begin: bytes, where: str) -> None:
     if begin.startswith(_ZIP):
         return
     if begin == LFS_POINTER:

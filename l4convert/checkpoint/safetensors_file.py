@@ -196,9 +196,10 @@ class _Entry:
 
 def _read_header(path: Path, read: Callable[[int, int], bytes], size: int) -> tuple[int, dict[str, Any]]:
     """``read`` gives bytes of the file, in their order: from where, and how many."""
-    where, prefix = show(path), read(0, 8)
-    if len(prefix) < 8:
-        raise InputError(f"{where}: not a safetensors file: {len(prefix)} bytes", "finish the download")
+    where = show(path)
+    if size < 8:  # also a file of procfs, which could keep its reader waiting
+        raise InputError(f"{where}: not a safetensors file: {size} bytes", "finish the download")
+    prefix = read(0, 8)
     if LFS_POINTER.startswith(prefix):
         raise InputError(f"{where}: a Git LFS pointer, not the weights", "run `git lfs pull` in the checkpoint folder")
     length = int.from_bytes(prefix, "little")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ SHOWN_CHARACTERS = 160
 # far above what the index or header of a model with a million tensors has.
 MAX_JSON_CONTAINERS = 1_500_000
 MAX_JSON_ITEMS = 6_000_000
+# An entry of an object takes up to 300 bytes. A manifest has at most seven a tensor, MAX_TENSORS times.
+MAX_JSON_ENTRIES = 600_000
 # Python stores text with any character above U+FFFF in four bytes a character.
 MAX_JSON_WIDE_BYTES = 40_000_000
 
@@ -85,13 +88,27 @@ def require_file(path: Path, hint: str | None = None) -> int:
     raise InputError(f"{show(path)}: {reason}", hint)
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a small file.
+def require_inside(path: Path) -> None:
+    """Refuse a link to a file that does not belong to the folder in which the link lies.
 
     Raises:
-        InputError: It cannot be read, or is larger than ``limit`` bytes.
+        InputError: It leads elsewhere.
+    """
+    folder, file = (Path(os.path.realpath(place)) for place in (path.parent, path))
+    # A Hugging Face cache keeps snapshots/<revision>/<name> as links into blobs/.
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not any(file.is_relative_to(place) for place in (folder, blobs)):
+        raise InputError(f"{show(path)}: a link to a file outside of its folder", "put a copy of the file there")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a small file of a folder that nobody vouches for.
+
+    Raises:
+        InputError: It cannot be read, is larger than ``limit`` bytes, or a link that leads out of the folder.
     """
     size = require_file(path)
+    require_inside(path)
     if size > limit:
         raise InputError(f"{show(path)}: {size:,} bytes, more than the {limit:,} that such a file can sensibly have")
     try:
@@ -140,6 +157,9 @@ def _check_amount(data: bytes, what: str) -> None:
     items = data.count(b",") + containers
     if items > MAX_JSON_ITEMS:
         raise InputError(f"{what}: {items:,} items, more than such a file can sensibly have")
+    entries = data.count(b":")
+    if entries > MAX_JSON_ENTRIES:
+        raise InputError(f"{what}: {entries:,} entries of objects, more than such a file can sensibly have")
     if len(data) > MAX_JSON_WIDE_BYTES and not data.isascii():
         raise InputError(f"{what}: {len(data):,} bytes that are not all ASCII, more than such a file can sensibly have")
 

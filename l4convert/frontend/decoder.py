@@ -22,7 +22,7 @@ OPSET = 23
 # That of opset 23 (onnx/onnx docs/Versioning.md): runtimes refuse models of a newer one whatever ops they use.
 IR_VERSION = 11
 # A RoPE layer that is not chunked has a table with a row for every position; beyond this it would outweigh the layer.
-MAX_ROTARY_ROWS = 1 << 18
+MAX_ROTARY_ANGLES = 1 << 24  # 2^18 positions of heads of 128
 
 Experts = Literal["stacked", "unfused"]
 
@@ -139,11 +139,14 @@ class _Decoder:
         if not layer.rope:
             return None, None
         rows = self.config.attention_chunk_size if layer.chunked else self.config.max_position_embeddings
-        if not layer.chunked and rows > MAX_ROTARY_ROWS:
+        most = MAX_ROTARY_ANGLES // (self.config.head_dim // 2)
+        if rows > most:
+            reach, key = (
+                ("chunks", "attention_chunk_size") if layer.chunked else ("full attention", "max_position_embeddings")
+            )
             raise InputError(
-                f"config.json: layer {number} has RoPE over full attention with {rows} positions, more than"
-                f" {MAX_ROTARY_ROWS}",
-                "Llama 4 rotates chunked layers only; lower max_position_embeddings to what the layer needs",
+                f"config.json: layer {number} has RoPE over {reach} with {rows} positions, more than {most}",
+                f"Llama 4 rotates chunks of 8192 positions; lower {key} to what the layer needs",
             )
         names = (f"rotary_{rows}.cos", f"rotary_{rows}.sin")
         if names[0] not in self.initializers:

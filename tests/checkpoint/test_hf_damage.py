@@ -168,7 +168,7 @@ LINKS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "link to itself": (lambda p: relink(p / "config.json", p / "config.json"), ["config.json"]),
     "tokenizer from elsewhere": (
         lambda p: ((p.parent / "secret").write_text("x"), relink(p / "tokenizer.json", p.parent / "secret")),
-        ["tokenizer.json", "outside the checkpoint"],
+        ["tokenizer.json", "outside of its folder"],
     ),
     "config is a pipe": (
         lambda p: ((p / "config.json").unlink(), os.mkfifo(p / "config.json")),

@@ -70,6 +70,13 @@ FAMILY = Family(
             "epsilon is infinite": bad("rms_norm_eps", math.inf),
             "epsilon is negative": bad("rms_norm_eps", -1e-5),
             "epsilon is zero": bad("rms_norm_eps", 0),
+            "epsilon is more than float32 holds": bad("rms_norm_eps", 1e39),
+            "epsilon is less than float32 holds": bad("rms_norm_eps", 1e-39),
+            "a chunk of 2**30": bad("attention_chunk_size", 2**30),
+            "2**26 positions to rotate": (
+                having(layer_types=["full_attention"] * 2, max_position_embeddings=2**26),
+                (FILE, "max_position_embeddings"),
+            ),
             "epsilon is text": bad("rms_norm_eps", "1e-5"),
             "epsilon is 10**400": bad("rms_norm_eps", 10**400),
             "theta is NaN": rope(rope_theta=math.nan),

@@ -41,7 +41,7 @@ def planted(name: str) -> tuple[Damage, tuple[str, ...]]:
 
 
 def sidecar(name: str) -> tuple[Damage, tuple[str, ...]]:
-    return outside(name), (name, "outside the checkpoint")
+    return outside(name), (name, "outside of its folder")
 
 
 def folder_link(folder: Path) -> None:
@@ -118,8 +118,21 @@ FAMILY = Family(
                 )
             },
             "config.json from elsewhere": sidecar("config.json"),
-            "an absolute link": (absolute("tokenizer.json"), ("tokenizer.json", "outside the checkpoint")),
-            "a chain of links": (chain, ("tokenizer.json", "outside the checkpoint")),
+            "a weight file's name is not UTF-8": (
+                lambda p: (
+                    [(p / name).unlink() for name in (INDEX, SECOND)] and (p / FIRST).rename(p / "\udcff.safetensors")
+                ),
+                ("udcff.safetensors", "plain file name"),
+            ),
+            "the index from elsewhere": sidecar(INDEX),
+            "the index is an endless file of procfs": (link(INDEX, "/proc/kmsg"), (INDEX, "outside of its folder")),
+            "a shard is an endless file of procfs": (link(SECOND, "/proc/kmsg"), (SECOND,)),
+            "the template links to itself": (
+                link("chat_template.jinja", "chat_template.jinja"),
+                ("chat_template.jinja", "does not exist"),
+            ),
+            "an absolute link": (absolute("tokenizer.json"), ("tokenizer.json", "outside of its folder")),
+            "a chain of links": (chain, ("tokenizer.json", "outside of its folder")),
             "a cache's folder, but not its blobs": (snapshots, ("input",)),
             "config is a pipe": (pipe("config.json"), ("config.json", "not a file")),
             "config is a folder": (folder_instead("config.json"), ("config.json", "not a file")),

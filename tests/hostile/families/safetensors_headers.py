@@ -114,6 +114,10 @@ FAMILY = Family(
                 lambda p: write_raw(p / SINGLE, b'{"a": [' + b"0," * 45_000_000 + b"0]}"),
                 (SINGLE,),
             ),
+            "header of 9 MB, different keys": (
+                lambda p: write_raw(p / SINGLE, b"{%s}" % b",".join(b'"%x":0' % i for i in range(800_000))),
+                (SINGLE, "800,000 entries"),
+            ),
             "header of 90 MB, astral text": (
                 lambda p: write_raw(p / SINGLE, b'{"a": "' + "\U0001f600".encode() * 22_000_000 + b'"}'),
                 (SINGLE,),
