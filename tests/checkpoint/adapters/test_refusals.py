@@ -206,7 +206,7 @@ def test_what_is_no_adapter(scout_layout: Path, adapter: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "module, options",
+    ("module", "options"),
     [
         ("lm_head", {"target_modules": ["lm_head"]}),
         ("embed_tokens", {"target_modules": ["embed_tokens"]}),
