@@ -53,7 +53,7 @@ def understand(added: ir.Value, has_past: bool) -> MaskForm:
     """The form of what is added to the scores.
 
     Args:
-        added: [B or 1, 1, S, P+S]: 0 where a query sees a key, a large negative number elsewhere.
+        added: [B or 1, 1, S, P+S]: 0 where a query sees a key, a large negative number elsewhere; or truth and untruth.
         has_past: Whether there are tokens before the new ones.
 
     Raises:
@@ -81,7 +81,9 @@ def understand(added: ir.Value, has_past: bool) -> MaskForm:
 
 
 def _condition(added: ir.Value) -> ir.Value:
-    """The truth behind ``where(truth, 0, lowest)``."""
+    """The truth behind ``where(truth, 0, lowest)``, or the truth itself."""
+    if added.dtype == ir.DataType.BOOL:
+        return added
     node = made_by(peel(added, "Cast", "Identity"), "Where")
     zero, lowest = scalar_of(node.inputs[1]), scalar_of(node.inputs[2])
     condition = node.inputs[0]

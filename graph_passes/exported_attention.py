@@ -1,4 +1,4 @@
-"""Recognizing attention in exported graphs: scores, an added mask, a softmax, and heads repeated for their groups."""
+"""Recognizing attention in exported graphs: masked scores, a softmax, and heads repeated for their groups."""
 
 from __future__ import annotations
 
@@ -41,21 +41,64 @@ class Side(NamedTuple):
 
 
 class Found(NamedTuple):
-    """An attention in the graph: query [B,S,H,D], keys, values, what is added to the scores, the result [B,S,H*D]."""
+    """An attention: query [B,S,H,D], keys, values, what is added to the scores (or which count), result [B,S,H*D]."""
 
     query: ir.Value
     key: Side
     value: Side
-    added: ir.Value
+    mask: ir.Value
     merged: ir.Value
 
 
-def match_attention(softmax: ir.Node) -> Found:
-    """What is around a softmax over scores.
+class _Heads(NamedTuple):
+    """The same with heads in front: query [B,H,S,D], key and value [B,H,T,D], result [B,H,S,D]; no scale: 1/sqrt(D)."""
+
+    scale: float | None
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    mask: ir.Value
+    result: ir.Value
+
+
+def match_attention(node: ir.Node) -> Found:
+    """What is around a softmax over scores, or an ``Attention`` of opset 23.
 
     Raises:
         Mismatch: It is not attention as exporters of transformers' models write it.
     """
+    heads = _operator(node) if node.op_type == "Attention" else _plain(node)
+    merged = _merged(heads.result)
+    sides = _side(heads.key), _side(heads.value)
+    if (sides[0].past is None) != (sides[1].past is None):
+        raise Mismatch("keys have a past and values have not, or the other way round")
+    if sides[0][3:] != sides[1][3:]:
+        raise Mismatch("keys and values have different heads")
+    rounded = _ROUNDED.get(heads.query.dtype or ir.DataType.FLOAT, 1e-5)
+    if heads.scale is not None and not np.isclose(heads.scale, sides[0].width ** -0.5, rtol=rounded):
+        raise Mismatch(f"scores are scaled by {heads.scale:g}, not by 1/sqrt({sides[0].width})")
+    turned = made_by(heads.query, "Transpose")
+    require_perm(turned, [0, 2, 1, 3])
+    return Found(operand(turned), *sides, heads.mask, merged)
+
+
+def _operator(attention: ir.Node) -> _Heads:
+    """Operands of ``Attention``, where it does no more than the nodes that it stands for."""
+    inputs = list(attention.inputs)
+    if len(inputs) < 4 or inputs[3] is None or any(x is not None for x in inputs[4:]):
+        raise Mismatch("Attention has no mask, or caches of its own")
+    for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads"):
+        if name in attention.attributes and attention.attributes[name].value:
+            raise Mismatch(f"Attention has {name}={attention.attributes[name].value}")
+    if any(output.uses() or output.is_graph_output() for output in attention.outputs[1:]):
+        raise Mismatch("Attention gives more than its result")
+    query, key, value, mask = (operand(attention, i) for i in range(4))
+    scale = attention.attributes.get_float("scale", None)
+    return _Heads(scale, query, key, value, mask, attention.outputs[0])
+
+
+def _plain(softmax: ir.Node) -> _Heads:
+    """Scores, an added mask, the softmax, the product with the values."""
     if softmax.attributes.get_int("axis", -1) not in (-1, 3):
         raise Mismatch("the softmax is not over the last axis")
     scores = softmax.inputs[0]
@@ -63,17 +106,7 @@ def match_attention(softmax: ir.Node) -> Found:
     product, added = _masked(made_by(peel(scores, "Cast"), "Add"))
     scale, query, key = _scores(product)
     weighted = _weighted(softmax)
-    merged = _merged(weighted.outputs[0])
-    sides = _side(_transposed_back(key)), _side(operand(weighted, 1))
-    if (sides[0].past is None) != (sides[1].past is None):
-        raise Mismatch("keys have a past and values have not, or the other way round")
-    if sides[0][3:] != sides[1][3:]:
-        raise Mismatch("keys and values have different heads")
-    if not np.isclose(scale, sides[0].width ** -0.5, rtol=_ROUNDED.get(query.dtype or ir.DataType.FLOAT, 1e-5)):
-        raise Mismatch(f"scores are scaled by {scale:g}, not by 1/sqrt({sides[0].width})")
-    turned = made_by(query, "Transpose")
-    require_perm(turned, [0, 2, 1, 3])
-    return Found(operand(turned), *sides, added, merged)
+    return _Heads(scale, query, _transposed_back(key), operand(weighted, 1), added, weighted.outputs[0])
 
 
 def _masked(add: ir.Node) -> tuple[ir.Value, ir.Value]:

@@ -1,8 +1,9 @@
 """Outline exported attention: products, mask and softmax become a call of ``l4convert::LongContextAttention``.
 
 Exporters write attention as plain nodes: keys and values repeated for every head of their group, scores, an added mask,
-a softmax. The call needs none of that, and no kernel for it holds scores of all pairs. Rotation, norms and temperature
-stay nodes in front of the call, so caches hold what they held before.
+a softmax. From opset 23 on the last three may be one ``Attention``. The call needs none of that, and no kernel for it
+holds scores of all pairs. Rotation, norms and temperature stay nodes in front of the call, so caches hold what they
+held before.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ _FAR = 1 << 40
 
 
 def run(model: ir.Model, recipe: Recipe) -> Outcome:
-    """Try every ``Softmax``."""
+    """Try every ``Softmax`` and ``Attention``."""
     outcome = Outcome()
     forms: dict[ir.Value, MaskForm] = {}
     positions: dict[int, tuple[MaskForm, ir.Value]] = {}
-    for node in [n for n in model.graph if n.op_type == "Softmax" and n.domain in ("", "ai.onnx")]:
+    for node in [n for n in model.graph if n.op_type in ("Softmax", "Attention") and n.domain in ("", "ai.onnx")]:
         try:
             found = match_attention(node)
-            if found.added not in forms:
-                forms[found.added] = understand(found.added, found.key.past is not None)
-            form = forms[found.added]
+            if found.mask not in forms:
+                forms[found.mask] = understand(found.mask, found.key.past is not None)
+            form = forms[found.mask]
             _outline(model, node, found, form, positions)
         except Mismatch as reason:
             outcome.skip(node.name, str(reason))
@@ -47,12 +48,12 @@ def run(model: ir.Model, recipe: Recipe) -> Outcome:
 
 
 def _outline(
-    model: ir.Model, softmax: ir.Node, found: Found, form: MaskForm, known: dict[int, tuple[MaskForm, ir.Value]]
+    model: ir.Model, node: ir.Node, found: Found, form: MaskForm, known: dict[int, tuple[MaskForm, ir.Value]]
 ) -> None:
     """Replace an attention by a call; what follows from the mask is computed once for all layers of a kind."""
     graph, compute = model.graph, compute_type(model.graph)
     key = found.key
-    b = Builder(f"{(softmax.name or 'attention').rpartition('/')[0]}/{softmax.outputs[0].name}/attention")
+    b = Builder(f"{(node.name or 'attention').rpartition('/')[0]}/{node.outputs[0].name}/attention")
     if form.chunk_size not in known:
         known[form.chunk_size] = form, _positions(b, form, found)
     if known[form.chunk_size][0] is not form:

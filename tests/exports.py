@@ -27,11 +27,12 @@ TWO_LAYERS: dict[str, Any] = {
     "head_dim": 8,
     "initializer_range": 0.3,
 }
-#: File name to attention, dtype, and whether caches go in and out.
-KINDS = {
-    "eager": ("eager", "float32", False),
-    "sdpa-bfloat16": ("sdpa", "bfloat16", False),
-    "sdpa-cache": ("sdpa", "float32", True),
+#: File name to attention, dtype, whether caches go in and out, and opset (None: torch's own choice).
+KINDS: dict[str, tuple[str, str, bool, int | None]] = {
+    "eager": ("eager", "float32", False, None),
+    "sdpa-bfloat16": ("sdpa", "bfloat16", False, None),
+    "sdpa-cache": ("sdpa", "float32", True, None),
+    "opset23-cache": ("sdpa", "float32", True, 23),
 }
 
 
@@ -56,7 +57,14 @@ def real_rotation() -> Iterator[None]:
         modeling_llama4.apply_rotary_emb = original
 
 
-def export(checkpoint: Path, path: Path, attention: str = "sdpa", dtype: str = "float32", cache: bool = False) -> Path:
+def export(
+    checkpoint: Path,
+    path: Path,
+    attention: str = "sdpa",
+    dtype: str = "float32",
+    cache: bool = False,
+    opset: int | None = None,
+) -> Path:
     """Export a checkpoint with dynamic batch and sequence; returns ``path``."""
     import torch
     from transformers import Llama4ForCausalLM
@@ -68,18 +76,25 @@ def export(checkpoint: Path, path: Path, attention: str = "sdpa", dtype: str = "
     ids, mask = torch.full((2, 3), 5), torch.ones(2, 12 if cache else 3, dtype=torch.long)
     with torch.no_grad(), real_rotation():
         if cache:
-            program = _with_cache(model, ids, mask, free)
+            program = _with_cache(model, ids, mask, free, opset)
         else:
             inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
             shapes = {"input_ids": free, "attention_mask": free, "use_cache": None}
             program = torch.onnx.export(
-                model, (), kwargs=inputs, dynamic_shapes=shapes, dynamo=True, output_names=["logits"], verbose=False
+                model,
+                (),
+                kwargs=inputs,
+                dynamic_shapes=shapes,
+                dynamo=True,
+                opset_version=opset,
+                output_names=["logits"],
+                verbose=False,
             )
     program.save(path)  # type: ignore[union-attr]
     return path
 
 
-def _with_cache(model: Any, ids: Any, mask: Any, free: dict[int, Any]) -> Any:
+def _with_cache(model: Any, ids: Any, mask: Any, free: dict[int, Any], opset: int | None) -> Any:
     import torch
     from transformers import DynamicCache
 
@@ -110,6 +125,7 @@ def _with_cache(model: Any, ids: Any, mask: Any, free: dict[int, Any]) -> Any:
         input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)],
         output_names=["logits", *(f"present.{name}" for name in names)],
         dynamo=True,
+        opset_version=opset,
         verbose=False,
     )
 
@@ -120,10 +136,10 @@ def main() -> None:
 
     import onnx
 
-    for name, (attention, dtype, cache) in KINDS.items():
+    for name, (attention, dtype, cache, opset) in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = write_random_checkpoint(Path(folder) / "checkpoint", dtype=dtype, **TWO_LAYERS)
-            model = onnx.load(export(checkpoint, Path(folder) / "model.onnx", attention, dtype, cache))
+            model = onnx.load(export(checkpoint, Path(folder) / "model.onnx", attention, dtype, cache, opset))
         for node in model.graph.node:
             kept = [p for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"]
             scopes = [onnx.StringStringEntryProto(key=p.key, value=p.value) for p in kept]

@@ -98,6 +98,7 @@ def published(state: Mapping[str, Any], *, dense: str = "w", norms: str = "atten
             out[f"{ffn}mlp.fc1_weight"] = torch.cat([out.pop(f"{ffn}w1.weight"), out.pop(f"{ffn}w3.weight")])
             out[f"{ffn}mlp.fc2_weight"] = out.pop(f"{ffn}w2.weight")
     out["rope.freqs"] = torch.arange(4.0)
+    out["freqs_cis"] = torch.polar(torch.ones(2, 4), torch.ones(2, 4))
     return out
 
 

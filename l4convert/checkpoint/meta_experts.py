@@ -146,8 +146,10 @@ def _three_axes(part: LazyTensor, shape: tuple[int, int, int], where: str) -> La
     if part.dims == shape:
         return part
     experts, rows, width = shape
-    if part.dims == (experts * rows, width) and isinstance(part, Stored):
-        return part.viewed(shape)
+    if part.dims == (experts * rows, width):
+        if isinstance(part, Stored):
+            return part.viewed(shape)
+        raise InputError(f"{where} is a transposed view of experts in two axes", "save it again after .contiguous()")
     expected = f"{[experts * rows, width]} or {list(shape)}"
     raise InputError(f"{where} has shape {list(part.dims)}, params.json makes it {expected} in each file")
 

@@ -26,6 +26,7 @@ _STORAGES: Mapping[str, ir.DataType] = {
     "IntStorage": _T.INT32,
     "LongStorage": _T.INT64,
     "BoolStorage": _T.BOOL,
+    "ComplexFloatStorage": _T.COMPLEX64,  # of RoPE's table, freqs_cis, where it was saved too
 }
 # Types without a storage class of their own: a tensor names them beside an untyped storage.
 _DTYPES: Mapping[str, ir.DataType] = {"float8_e4m3fn": _T.FLOAT8E4M3FN, "float8_e5m2": _T.FLOAT8E5M2}

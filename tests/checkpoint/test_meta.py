@@ -217,6 +217,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "narrow experts": (each(lambda s: s.update({GATE: s[GATE][:, :8].clone()})), [GATE, "shape"]),
     "experts of another type": (each(lambda s: s.update({GATE: s[GATE].float()})), ["experts", "types"]),
     "experts in four axes": (each(lambda s: s.update({GATE: s[GATE][None, None]})), [GATE, "shape"]),
+    "a transposed view of experts": (
+        each(lambda s: s.update({GATE: s[GATE].t().contiguous().t()})), [GATE, "transposed view"],
+    ),
     "integers": (each(lambda s: s.update({DOWN: s[DOWN].int()})), [DOWN, "INT32"]),
     "doubles": (each(lambda s: s.update({DOWN: s[DOWN].double()})), [DOWN, "DOUBLE"]),
     "fp8 without scales": (each(lambda s: s.update({GATE: s[GATE].to(torch.float8_e4m3fn)})), [GATE, "FLOAT8E4M3FN"]),

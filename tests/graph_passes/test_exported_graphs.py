@@ -24,6 +24,8 @@ FIRED = {
     "outline_exported_attention": 2,
     "normalize_experts": 1,
 }
+# torch writes five of the norms as RMSNormalization itself, and attention as Attention.
+OF_OPSET_23 = {**FIRED, "upgrade_opset": 0, "normalize_norms": 2}
 
 
 def exported(name: str = "eager") -> ir.Model:
@@ -64,11 +66,11 @@ def expected(name: str, kind: str) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "padded", "holes"])
-@pytest.mark.parametrize("name", ["eager", "sdpa-cache"])
-def test_the_canonical_graph_computes_what_the_exported_one_does(name, kind):
+@pytest.mark.parametrize(("name", "counts"), [("eager", FIRED), ("sdpa-cache", FIRED), ("opset23-cache", OF_OPSET_23)])
+def test_the_canonical_graph_computes_what_the_exported_one_does(name, counts, kind):
     model = exported(name)
     fired = {report.name: report.fired for report in run_passes(model, *NAMES)}
-    assert {row: fired[row] for row in FIRED} == FIRED
+    assert {row: fired[row] for row in FIRED} == counts
     given = feeds(model, kind)
     actual = run_proto(snapshot(model), given)
     real = given["attention_mask"][:, -21:] > 0
@@ -261,6 +263,22 @@ def test_what_does_not_match_is_left_alone_and_told(name, change, reason):
     for op_type in {"TopK", "Softmax", "Sqrt", "Gemm"} & before.keys():
         if report.fired == 0:
             assert op_counts(model)[op_type] == before[op_type]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "reason"),
+    [
+        (ir.AttrInt64("is_causal", 1), "is_causal=1"),
+        (ir.AttrFloat32("softcap", 2.0), "softcap=2"),
+        (ir.AttrFloat32("scale", 0.0), "not by 1/sqrt(8)"),
+    ],
+)
+def test_an_attention_that_does_more_is_left_alone(attribute, reason):
+    model = exported("opset23-cache")
+    _by_type(model, "Attention").attributes.add(attribute)
+    (report,) = run_passes(model, "outline_exported_attention")
+    assert report.fired == 1
+    assert [reason in text for _, text in report.skipped] == [True]
 
 
 def test_an_operator_that_changed_its_meaning_keeps_the_old_opset():

@@ -115,14 +115,17 @@ def _counts(values: Iterable[N]) -> Mapping[N, int]:
 
 
 def _require_untied(checkpoint: Checkpoint, adapter: Adapter, layout: Layout) -> None:
-    """Changing the output layer alone would untie it from the embeddings, which is another model."""
+    """Changing the embeddings or the output layer unties one from the other, which is another model."""
     if not checkpoint.config.tie_word_embeddings:
         return
-    names = [*(f"{place.module}.weight" for place in adapter.pairs), *adapter.whole]
-    if any(layout.canonical(name) == HEAD for name in names):
-        raise InputError(
-            f"{show(adapter.files[-1])}: adapts lm_head, which shares the embeddings' weights in this model", MERGE_HINT
-        )
+    changed = [*(f"{place.module}.weight" for place in adapter.pairs), *adapter.whole]
+    names = {layout.canonical(name) for name in changed}
+    for name, other in ((HEAD, "embed_tokens"), (EMBEDDINGS, "lm_head")):
+        if name in names:
+            module = name.split(".")[-2]
+            raise InputError(
+                f"{show(adapter.files[-1])}: adapts {module}, which shares {other}'s weights in this model", MERGE_HINT
+            )
 
 
 def _whole(adapter: Adapter, base: Base) -> Iterable[tuple[str, LazyTensor]]:

@@ -205,12 +205,20 @@ def test_what_is_no_adapter(scout_layout: Path, adapter: Path, tmp_path: Path) -
     assert_refused(lambda: open_adapter(tmp_path), ["no adapter_config.json", "checkpoint-500"])
 
 
-def test_a_tied_output_layer_is_not_adapted_alone(adapter: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("lm_head", {"target_modules": ["lm_head"]}),
+        ("embed_tokens", {"target_modules": ["embed_tokens"]}),
+        ("embed_tokens", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ],
+)
+def test_tied_weights_are_not_adapted_in_one_place(module: str, options: dict[str, Any], tmp_path: Path) -> None:
     from tests.checkpoints import write_random_checkpoint
 
     base = write_random_checkpoint(tmp_path / "base", tie_word_embeddings=True, num_hidden_layers=1)
-    path = write_adapter(base, tmp_path / "a", target_modules=["lm_head"])
-    assert_refused(lambda: use(base, path), [WEIGHTS, "lm_head", "shares"])
+    path = write_adapter(base, tmp_path / "a", **options)
+    assert_refused(lambda: use(base, path), [WEIGHTS, module, "shares"])
 
 
 @pytest.mark.parametrize("patterns", [["(((a|[^q])+)+)+!"], [f"((.*)*)*{i}!" for i in range(2000)], ["(" * 200]])
