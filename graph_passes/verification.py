@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig
 from l4convert.emit.memory import available_bytes
-from l4convert.errors import CheckFailed, InputError
+from l4convert.errors import CheckFailed, InputError, summary_of
 from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType
 from l4convert.graph_passes.base import Pass, PassReport
 from l4convert.graph_passes.quantize_kv_cache import kv_scale_names
@@ -108,8 +108,7 @@ def _run_after(graph_pass: Pass, model: ir.Model, probes: Probes) -> Arrays:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # onnxruntime's exception types are private and differ between versions
-        summary = " ".join(str(error).split())
-        raise CheckFailed(f"pass {graph_pass.name}: the graph does not run any more: {summary}") from error
+        raise CheckFailed(f"pass {graph_pass.name}: the graph does not run any more: {summary_of(error)}") from error
 
 
 def _compare(graph_pass: Pass, name: str, expected: np.ndarray, actual: np.ndarray, limit: float) -> None:

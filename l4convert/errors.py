@@ -7,6 +7,7 @@ process's exit code (docs/DESIGN: 0 done, 1 internal, 2 usage, 3 bad input, 4 ch
 from __future__ import annotations
 
 MAX_CHARACTERS = 1000
+SUMMARY_CHARACTERS = 240
 
 
 def one_line(text: str) -> str:
@@ -22,6 +23,11 @@ def one_line(text: str) -> str:
     gap = " ... "
     end = (MAX_CHARACTERS - len(gap)) // 4  # most of what a message is about comes first
     return line[: MAX_CHARACTERS - len(gap) - end] + gap + line[-end:]
+
+
+def summary_of(error: BaseException) -> str:
+    """What an exception of another library says, short enough to stand in a message; its class if it says nothing."""
+    return one_line(str(error))[:SUMMARY_CHARACTERS] or type(error).__name__
 
 
 class L4Error(Exception):

@@ -14,7 +14,7 @@ from l4convert.emit import Filling, check_destination, source_digests, write_art
 from l4convert.emit.memory import parse_size
 from l4convert.emit.plan import WeightsPlan, plan_weights
 from l4convert.emit.write import MODEL_FILE, manifest_reserve, serialize_model
-from l4convert.errors import InputError, L4Error, UsageError
+from l4convert.errors import InputError, L4Error, UsageError, summary_of
 from l4convert.frontend.compute import COMPUTE_TYPES, ComputeType, record_compute_type
 from l4convert.frontend.decoder import OPSET
 from l4convert.graph_passes import CANONICAL_PASSES, NORMALIZING_PASSES, Pass, PassReport
@@ -200,13 +200,9 @@ def _run(graph_pass: Pass, path: Path, model: ir.Model, recipe: Recipe, target: 
         raise
     except Exception as error:  # anything may stand in a graph that somebody else made
         raise InputError(
-            f"{path}: pass {graph_pass.name} cannot read this graph: {type(error).__name__}: {_short(error)}",
+            f"{path}: pass {graph_pass.name} cannot read this graph: {type(error).__name__}: {summary_of(error)}",
             "tell the maintainers, with the model's graph if you can; --debug shows where it happens",
         ) from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _interface(model: ir.Model) -> list[tuple[str | None, ir.DataType | None, str]]:

@@ -13,7 +13,7 @@ from l4convert.emit.write import MODEL_FILE
 from l4convert.engine.jobs import BuildPlan
 from l4convert.engine.network import is_cache
 from l4convert.engine.segments import HIDDEN_INPUT, HIDDEN_OUTPUT
-from l4convert.errors import CheckFailed, InputError, backend_missing
+from l4convert.errors import CheckFailed, InputError, backend_missing, summary_of
 from l4convert.progress import Progress
 from l4convert.runtime.cpu_form import to_cpu_form
 from l4convert.runtime.loading import SETTINGS
@@ -116,9 +116,9 @@ def _reported(action: Callable[[], Any], weights: Path) -> Any:
     try:
         return action()
     except Exception as error:  # onnxruntime's exception types are private and differ between versions
-        reason = " ".join(str(error).split())[:240]
         raise InputError(
-            f"{weights}: ONNX Runtime cannot run a segment: {reason}", "--skip-segment-check builds without this check"
+            f"{weights}: ONNX Runtime cannot run a segment: {summary_of(error)}",
+            "--skip-segment-check builds without this check",
         ) from error
 
 

@@ -23,12 +23,11 @@ import numpy as np
 from l4convert.checkpoint import Checkpoint
 from l4convert.checkpoint.meta_shards import is_unused
 from l4convert.checkpoint.pth_file import open_pth
-from l4convert.errors import InputError, backend_missing
+from l4convert.errors import InputError, backend_missing, summary_of
 from l4convert.parity.meta_scales import dequantized
 from l4convert.parity.reference import RecomputingStream
 from l4convert.runtime.runner import FloatArray, IntArray
 
-_SUMMARY_CHARS = 240
 _FIRST_LENGTH = 1024  # of the caches; longer texts make them longer
 
 
@@ -190,8 +189,7 @@ def _load(checkpoint: Checkpoint) -> Any:
         with torch.no_grad():
             loaded = model.load_state_dict(state, strict=False)
     except Exception as error:  # whatever Meta's code raises on what it does not take
-        summary = " ".join(str(error).split())[:_SUMMARY_CHARS] or type(error).__name__
-        raise InputError(f"{checkpoint.path}: Meta's code cannot load it: {summary}") from error
+        raise InputError(f"{checkpoint.path}: Meta's code cannot load it: {summary_of(error)}") from error
     if loaded.missing_keys or loaded.unexpected_keys:
         odd = min([*loaded.missing_keys, *loaded.unexpected_keys])
         raise InputError(f"{checkpoint.path}: Meta's code does not find its tensors: {odd}")

@@ -16,12 +16,10 @@ import numpy as np
 
 from l4convert.checkpoint import Checkpoint, open_checkpoint
 from l4convert.checkpoint.hf_config import QUANTIZATION_KEYS
-from l4convert.errors import InputError, L4Error, backend_missing
+from l4convert.errors import InputError, L4Error, backend_missing, summary_of
 from l4convert.parity.reference_adapters import merge_with_peft
 from l4convert.parity.reference_weights import state_dict
 from l4convert.runtime.runner import FloatArray, IntArray, Runner, check_step
-
-_SUMMARY_CHARS = 240
 
 
 class ReferenceStream(Protocol):
@@ -212,8 +210,7 @@ def _load(checkpoint: Checkpoint, dtype: str, attention: str | None) -> Any:
     except L4Error:
         raise
     except Exception as error:  # whatever transformers raises on a config or a file that it does not take
-        summary = " ".join(str(error).split())[:_SUMMARY_CHARS] or type(error).__name__
-        raise InputError(f"{checkpoint.path}: transformers cannot load it: {summary}") from error
+        raise InputError(f"{checkpoint.path}: transformers cannot load it: {summary_of(error)}") from error
     missing = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
     if missing:
         raise InputError(f"{checkpoint.path}: transformers finds no weight for {min(missing)}")

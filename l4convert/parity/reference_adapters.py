@@ -10,9 +10,8 @@ from l4convert.checkpoint.adapters import Adapter, adapter_layout, open_adapter
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.names import find_experts
 from l4convert.checkpoint.text import show
-from l4convert.errors import InputError, backend_missing
+from l4convert.errors import InputError, backend_missing, summary_of
 
-_SUMMARY_CHARS = 240
 _PLAIN_TYPES = {"BFLOAT16": "bfloat16", "FLOAT16": "float16"}
 
 
@@ -45,8 +44,7 @@ def merge_with_peft(model: Any, checkpoint: Checkpoint) -> Any:
             try:
                 _merge(model, adapter, checkpoint)
             except Exception as error:  # whatever peft raises on an adapter that it does not take
-                summary = " ".join(str(error).split())[:_SUMMARY_CHARS] or type(error).__name__
-                raise InputError(f"{show(adapter.path)}: peft cannot merge it: {summary}") from error
+                raise InputError(f"{show(adapter.path)}: peft cannot merge it: {summary_of(error)}") from error
     _round(model, checkpoint)
     return model
 
