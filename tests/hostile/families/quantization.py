@@ -170,6 +170,7 @@ FLOATS = Family(
             **strategies(),
             "a strategy that is null": scheme_of("strategy", None, SINGLE, f"{WEIGHT}_scale"),
             "groups without a size": (weights(strategy="group"), (CONFIG, "group_size")),
+            "a size that is a list": (weights(strategy=None, group_size=[]), (CONFIG, "group_size")),
             "blocks without sizes": (weights(strategy="block", block_structure=None), (CONFIG, "block_structure")),
             "blocks of 0": (weights(strategy="block", block_structure=[0, 0]), (CONFIG, "block_structure")),
             "blocks of -1": (weights(strategy="block", block_structure=[-1, 128]), (CONFIG, "block_structure")),
