@@ -165,7 +165,8 @@ def carry_over_remark(weight: Weight, scheme: Scheme) -> str | None:
     if scheme.kind == "none":
         return f"stored as {kinds}, kept dequantized"
     if scheme.scale == STORED and take_over(transposed(weight.tensor), scheme) is not None:
-        return f"carried over: the checkpoint's own codes and scales ({kinds})"
+        inputs = "; inputs are rounded to FP8, too, token by token" if scheme.activations else ""
+        return f"carried over: the checkpoint's own codes and scales ({kinds}){inputs}"
     kept = stored_scheme(Scheme("keep"), transposed(weight.tensor), weight.name)
     hint = "; --recipe keep would carry its codes over" if kept is not None else ""
     return f"stored as {kinds}, rounded a second time, to {scheme.kind}{hint}"

@@ -43,15 +43,15 @@ def read_quantization(path: Path) -> Fields | None:
     """What a config.json says about how weights are quantized; None where it says nothing.
 
     Raises:
-        InputError: It says it twice, or the file is unusable.
+        InputError: It says one thing here and another there, or the file is unusable.
     """
     file = show(path)
     top = Fields(parse_object(read_bytes(path, MAX_CONFIG_BYTES), file), file)
     parts = [top, *([text] if (text := top.object("text_config")) is not None else [])]
     found = [(part, key) for part in parts for key in QUANTIZATION_KEYS if part.has(key)]
-    if len(found) > 1:
-        part, key = found[1]
-        part.fail(key, f"is set, and so is {found[0][0].prefix}{found[0][1]}: one of them is enough")
+    for part, key in found[1:]:  # some writers put it into text_config, too
+        if part.get(key) != found[0][0].get(found[0][1]):
+            part.fail(key, f"differs from {found[0][0].prefix}{found[0][1]}")
     return found[0][0].object(found[0][1]) if found else None
 
 

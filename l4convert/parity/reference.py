@@ -242,7 +242,10 @@ def _text_config(path: Path) -> Any:
         text.pop(key, None)
     if type(text.get("attn_temperature_tuning")) is int:
         text["attn_temperature_tuning"] = bool(text["attn_temperature_tuning"])
-    return Llama4TextConfig.from_dict(text)
+    config = Llama4TextConfig.from_dict(text)
+    if config.attention_chunk_size is None:  # no layer is chunked, but a mask is made for chunked ones all the same
+        config.attention_chunk_size = config.max_position_embeddings
+    return config
 
 
 @contextmanager

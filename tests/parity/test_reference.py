@@ -118,6 +118,19 @@ def test_a_published_spelling_that_transformers_refuses_is_read(
     np.testing.assert_array_equal(TransformersReference(old).logits(IDS), expected)
 
 
+def test_a_model_without_chunks_needs_no_size_of_them(scout_layout: Path, tmp_path: Path) -> None:
+    """transformers makes the mask of chunked layers whether there are any or not, and fails without their size."""
+    config = json.loads((scout_layout / "config.json").read_text(encoding="utf-8"))
+    logits = []
+    for size in (None, len(IDS)):
+        path = tmp_path / str(size)
+        shutil.copytree(scout_layout, path)
+        changes = {"attention_chunk_size": size, "layer_types": ["full_attention"] * config["num_hidden_layers"]}
+        (path / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        logits.append(TransformersReference(path).logits(IDS))
+    np.testing.assert_array_equal(*logits)
+
+
 def test_a_config_that_transformers_refuses_is_an_input_error(scout_layout: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(scout_layout, old)

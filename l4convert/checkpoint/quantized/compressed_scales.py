@@ -46,10 +46,11 @@ def read_scales(source: Source, weights: Fields, weight: str, exponents: bool = 
 
 def strategy_of(weights: Fields) -> object:
     """``strategy``, or what the library takes where it is left out (``validate_model_after`` of QuantizationArgs)."""
-    given = weights.get("strategy", None)
-    if given is not None:
-        return given
-    return {None: "tensor", -1: "channel"}.get(weights.get("group_size", None), "group")
+    if weights.has("strategy"):
+        return weights.get("strategy")
+    if not weights.has("group_size"):
+        return "tensor"
+    return "channel" if weights.get("group_size") == -1 else "group"
 
 
 def _block(weights: Fields, rows: int, depth: int) -> tuple[int, int]:

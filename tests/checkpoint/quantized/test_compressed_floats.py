@@ -145,3 +145,4 @@ def test_convert_and_validate(
 ) -> None:
     converted = convert_and_validate(HERE / name, tmp_path / "out", recipe, capsys, limit)
     assert remarks(converted) == {became}
+    assert ("inputs are rounded to FP8" in str(converted["passes"])) == (limit == ROUNDED)

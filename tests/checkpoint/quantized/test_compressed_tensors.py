@@ -208,16 +208,23 @@ def targets(path: Path, target: object) -> None:
     (path / "config.json").write_text(json.dumps(values))
 
 
-def two_configs(path: Path) -> None:
+def two_configs(path: Path, **changes: Any) -> None:
     values = json.loads((path / "config.json").read_text())
-    values["compression_config"] = values["quantization_config"]
+    values["compression_config"] = {**values["quantization_config"], **changes}
     (path / "config.json").write_text(json.dumps(values))
+
+
+def test_a_config_may_say_the_same_twice(packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    shutil.copytree(packed, path)
+    two_configs(path)
+    assert open_checkpoint(path).quantization == open_checkpoint(packed).quantization
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "method": (lambda p: say(p, quant_method="gptq"), ["quant_method", "'gptq'"]),
     "no method": (lambda p: say(p, instead={}), ["quant_method", "None"]),
-    "two configs": (two_configs, ["compression_config", "one of them is enough"]),
+    "two configs": (lambda p: two_configs(p, ignore=[]), ["compression_config", "differs from quantization_config"]),
     "format": (lambda p: say(p, format="marlin-24"), ["format", "'marlin-24'"]),
     "format is a list": (lambda p: say(p, format=["pack-quantized"]), ["format"]),
     "5 bits": (lambda p: say(p, weights={"num_bits": 5}), ["group_0.weights.num_bits", "5"]),

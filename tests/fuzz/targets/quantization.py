@@ -17,27 +17,31 @@ from tests.hostile.quantized_base import FBGEMM, FLOAT8, MODELOPT, WEIGHT, schem
 _shard = OneFile("model.safetensors")
 READ_BYTES = 1 << 16
 MOST_TENSORS = 64
+# Bytes of an element: the shape [32, 32] where shapes are, group 0 where groups are; ones elsewhere.
+FILL = {"I64": (32).to_bytes(8, "little"), "I32": bytes(4)}
 EXPERTS = "model.layers.0.feed_forward.experts.down_proj"
 EXPECTED = {WEIGHT: (32, 32), EXPERTS: (2, 32, 16), "model.norm.weight": (32,)}
 
 
 def parse(data: bytes) -> None:
-    """An object with ``config`` and, by name, the dtype and shape of the ``tensors``, whose bytes are ones."""
+    """An object with ``config`` and, by name, the dtype and shape of the ``tensors``, whose content is :data:`FILL`."""
     content = parse_object(data, "config.json")
     table = Fields(content, "config.json").object("tensors")
     config = Fields(content, "config.json").object("config")
     if table is None or config is None or len(table.values) > MOST_TENSORS:
         return
     header: dict[str, Any] = {}
-    end = 0
+    content_bytes = b""
     for name, described in table.values.items():
         size = _size(described)
-        if size is None or end + size > READ_BYTES:
+        begin = len(content_bytes)
+        if size is None or begin + size > READ_BYTES:
             return
-        header[name] = {"dtype": described[0], "shape": described[1], "data_offsets": [end, end + size]}
-        end += size
+        header[name] = {"dtype": described[0], "shape": described[1], "data_offsets": [begin, begin + size]}
+        fill = FILL.get(described[0], b"\1")
+        content_bytes += fill * (size // len(fill))
     text = json.dumps(header).encode()
-    stored = open_safetensors(_shard(len(text).to_bytes(8, "little") + text + bytes([1]) * end))
+    stored = open_safetensors(_shard(len(text).to_bytes(8, "little") + text + content_bytes))
     source = Source(config, dict(stored), EXPECTED, PLAIN)
     for tensor in read_quantized(config.get("quant_method", None), source).tensors.values():
         assert len(tensor.tobytes()) == tensor.nbytes
@@ -66,6 +70,10 @@ def seeds() -> list[bytes]:
         f"{WEIGHT}_global_scale": ["F32", [1]],
     }  # fmt: skip
     floats = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    plain = {WEIGHT: ["I8", [32, 32]], f"{WEIGHT}_scale": ["F32", [32, 1]], f"{WEIGHT}_zero_point": ["I8", [32, 1]]}
+    mxfp4 = {f"{WEIGHT}_packed": ["U8", [32, 16]], f"{WEIGHT}_scale": ["U8", [32, 1]]}
+    mxfp8 = {WEIGHT: ["F8_E4M3", [32, 32]], f"{WEIGHT}_scale": ["U8", [2, 2]]}
+    blocks = {"strategy": "block", "block_structure": "16x16", "group_size": None}
     modelopt = {**MODELOPT, "quant_method": "modelopt"}
     nested = {EXPERTS: ["F8_E4M3", [2, 32, 16]], f"{EXPERTS}_weight_scale": ["F32", [2]]}
     found: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -73,6 +81,9 @@ def seeds() -> list[bytes]:
         ({**scheme(symmetric=False), "ignore": ["re:.*lm_head", "x"]}, zeros),
         ({**scheme(**FLOAT8), "format": "float-quantized"}, fp8),
         ({**scheme(**floats), "format": "nvfp4-pack-quantized"}, nvfp4),
+        ({**scheme(symmetric=False), "format": "int-quantized"}, plain),
+        ({**scheme(type="float"), "format": "mxfp4-pack-quantized"}, mxfp4),
+        ({**scheme(**{**FLOAT8, **blocks}), "format": "mxfp8-quantized"}, mxfp8),
         (dict(FBGEMM), {**fp8, **stacked}),
         (modelopt, {**fp8, f"{WEIGHT}_scale": ["F32", []], **nested}),
     ]

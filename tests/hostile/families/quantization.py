@@ -71,7 +71,7 @@ CASES = {
     "no method": config("quant_method", None),
     "a list": (edit_json(CONFIG, lambda c: c.update(quantization_config=[])), (CONFIG, "quantization_config")),
     "text": (edit_json(CONFIG, lambda c: c.update(quantization_config="fp8")), (CONFIG, "quantization_config")),
-    "said twice": (edit_json(CONFIG, lambda c: c.update(compression_config=scheme())), (CONFIG, "compression_config")),
+    "said in two ways": (edit_json(CONFIG, lambda c: c.update(compression_config={})), (CONFIG, "compression_config")),
     "an unknown status": config("quantization_status", "initialized"),
     "sparse": config("sparsity_config", {"format": "sparse-24-bitmask"}, "sparsity_config"),
     "no groups": config("config_groups", {}),
@@ -81,7 +81,7 @@ CASES = {
     "a thousand groups": config("config_groups", {f"g{i}": scheme()["config_groups"]["group_0"] for i in range(1000)}),
     "targets are a number": config("config_groups", {"g": {"targets": 3, "weights": {}}}, "targets"),
     "targets of numbers": config("config_groups", {"g": {"targets": [3], "weights": {}}}, "targets"),
-    "no weights": config("config_groups", {"g": {"targets": ["Linear"], "weights": None}}, "weights"),
+    "no weights": config("config_groups", {"g": {"targets": ["Linear"], "weights": None}}, MODULE),
     "for other modules": config("config_groups", {"g": {"targets": ["Conv2d"], "weights": {}}}, MODULE),
     "a hundred of them": config("ignore", [f"re:.*{'(a|b|ab)*' * i}$" for i in range(100)]),
     "an expression that is none": config("ignore", ["re:((("]),
@@ -153,7 +153,7 @@ FAMILY = Family(
 
 def strategies() -> dict[str, tuple[Damage, tuple[str, ...]]]:
     """Of FP8."""
-    values: dict[str, Any] = {"unknown": "x", "a list": [], "null": None, "group": "group", "a number": 3}
+    values: dict[str, Any] = {"unknown": "x", "a list": [], "a number": 3}
     return {f"a strategy that is {what}": scheme_of("strategy", value) for what, value in values.items()}
 
 
@@ -168,6 +168,9 @@ FLOATS = Family(
             "a scale that is infinite": put(f"{WEIGHT}_scale", math.inf),
             "a scale that is -infinite": put(f"{WEIGHT}_scale", -math.inf),
             **strategies(),
+            "a strategy that is null": scheme_of("strategy", None, SINGLE, f"{WEIGHT}_scale"),
+            "groups without a size": (weights(strategy="group"), (CONFIG, "group_size")),
+            "a size that is a list": (weights(strategy=None, group_size=[]), (CONFIG, "group_size")),
             "blocks without sizes": (weights(strategy="block", block_structure=None), (CONFIG, "block_structure")),
             "blocks of 0": (weights(strategy="block", block_structure=[0, 0]), (CONFIG, "block_structure")),
             "blocks of -1": (weights(strategy="block", block_structure=[-1, 128]), (CONFIG, "block_structure")),
@@ -175,7 +178,8 @@ FLOATS = Family(
             "blocks of text": (weights(strategy="block", block_structure=["a", "b"]), (CONFIG, "block_structure")),
             "16 bits": scheme_of("num_bits", 16),
             "bits are an object": scheme_of("num_bits", {}),
-            "a type that is unknown": scheme_of("type", "int"),
+            "a type that is unknown": scheme_of("type", "complex"),
+            "a type that is another": scheme_of("type", "int", SINGLE, WEIGHT),
             "codes are floats": side(WEIGHT, lambda a: a.astype(np.float16)),
             "codes are cut": side(WEIGHT, lambda a: a[:-1]),
             "scales are codes": side(f"{WEIGHT}_scale", lambda a: a.astype(np.uint8)),
