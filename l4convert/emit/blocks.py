@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.finite import count_broken
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.checkpoint.pages import PageBudget
 from l4convert.emit.digest import BLOCK_BYTES
@@ -166,7 +167,7 @@ def check_finite(tensor: ir.TensorProtocol) -> None:
 def count_not_finite(data: bytes | memoryview, dtype: ir.DataType) -> int:
     """How many values among little-endian ``data`` are NaN or infinite; 0 for types that have neither."""
     if dtype in _RARE:
-        return int(np.count_nonzero(~np.isfinite(np.frombuffer(data, dtype.numpy()))))
+        return count_broken(np.frombuffer(data, dtype.numpy()))
     if dtype not in _NOT_FINITE:
         return 0
     storage, smallest = _NOT_FINITE[dtype]

@@ -20,6 +20,7 @@ from l4convert.quantization.int4 import BLOCK_SIZES, SCALE_RULES
 from l4convert.quantization.kv import KvScheme, kv_scheme
 from l4convert.toml_file import parse_toml, read_toml
 
+MAX_PATTERN = 1000  # ten times the longest name
 _RECIPE_KEYS = ("name", "description", "rule", "kv_cache")
 
 # Scheme -> option -> values it may have in a file.
@@ -225,6 +226,8 @@ def _load_file(path: Path) -> Recipe:
 
 def _parse_rule(rule: Mapping[str, Any], where: str) -> Rule:
     pattern, kind = _text(rule, "pattern", where), _text(rule, "scheme", where)
+    if len(pattern) > MAX_PATTERN:
+        raise InputError(f"{where}: a pattern of {len(pattern):,} characters", f"at most {MAX_PATTERN:,}")
     if kind not in _OPTIONS:
         raise InputError(f"{where}: unknown scheme {kind!r}", f"one of {', '.join(_OPTIONS)}")
     allowed = _OPTIONS[kind]

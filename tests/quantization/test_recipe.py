@@ -156,6 +156,7 @@ RULE = '\n[[rule]]\npattern = "*"\n'
         ("name = ", "not a TOML file"),
         ("name = " + "9" * 5000, "not a TOML file"),
         ("name = " + "{a = " * 10_000, "nested too deeply"),
+        ('name = "a"\n[[rule]]\npattern = "' + "*a" * 600 + '"\nscheme = "none"', "rule 1: a pattern of 1,200"),
         ("a." * 30_000 + "b = 1", "more than 200 dots"),
         ("# " + "x" * (1 << 20), "more than the 1,048,576 bytes"),
         ("", "no 'name'"),
