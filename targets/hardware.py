@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -11,8 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from l4convert.checkpoint.text import quote, read_bytes, show
+from l4convert.checkpoint.text import quote, show
 from l4convert.errors import InputError, UsageError
+from l4convert.toml_file import parse_toml, toml_bytes
 
 #: Formats that a graph's numbers may have. INT8, INT4 and FP4 mean weights in that format.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4")
@@ -23,7 +23,6 @@ _KEYS = frozenset({
     "summary", "compute_capability", "memory_bytes", "bandwidth_bytes_per_second", "precisions", "runtimes", "recipe",
     "peak_flops", "sources", "unified_memory",
 })  # fmt: skip
-_MAX_BYTES = 1 << 16
 _MAX_FIGURE = 1 << 63
 
 
@@ -94,7 +93,7 @@ def load_hardware(name_or_path: str) -> Hardware:
     """
     if name_or_path.endswith(".toml") or Path(name_or_path).name != name_or_path:
         path = Path(name_or_path)
-        return parse_hardware(_text(path), path.stem, str(path))
+        return parse_hardware(toml_bytes(path), path.stem, str(path))
     if name_or_path not in hardware_names():
         names = ", ".join(hardware_names())
         raise UsageError(f"{show(name_or_path)} is not a hardware profile", f"profiles: {names}, or your own FILE.toml")
@@ -102,7 +101,7 @@ def load_hardware(name_or_path: str) -> Hardware:
     return parse_hardware(text, name_or_path, f"{name_or_path}.toml")
 
 
-def parse_hardware(text: str, name: str, where: str) -> Hardware:
+def parse_hardware(text: bytes | str, name: str, where: str) -> Hardware:
     """Check a profile's text and build it.
 
     Args:
@@ -115,11 +114,7 @@ def parse_hardware(text: str, name: str, where: str) -> Hardware:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise InputError(f"{where}: its name is no name of a folder", "use letters, digits, dots and hyphens")
-    try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: not a TOML file: {show(error)}") from error
-    return _Profile(data, where).hardware(name)
+    return _Profile(parse_toml(text, where), where).hardware(name)
 
 
 @dataclass(frozen=True)
@@ -215,10 +210,3 @@ class _Profile:
 
 def _bundle() -> Any:
     return resources.files("l4convert.targets").joinpath("profiles")
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_bytes(path, _MAX_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error

@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "target": ({"target": "tpu"}, UsageError, "unknown target 'tpu'"),
     "cache": ({"kv_cache": "paged"}, UsageError, "target cpu has no 'paged' KV cache"),
     "recipe": ({"recipe": "int3"}, UsageError, "there is no recipe 'int3'"),
-    "recipe file": ({"recipe": "missing.toml"}, InputError, "missing.toml: the recipe cannot be read"),
+    "recipe file": ({"recipe": "missing.toml"}, InputError, "missing.toml: cannot be read"),
     "block size": ({"block_size": 48}, UsageError, "block size 48 is not possible"),
     "block size of FP8": ({"recipe": "fp8", "block_size": 32}, UsageError, "has no int4 rule"),
 }

@@ -37,10 +37,10 @@ class CacheSizes:
     @classmethod
     def of(cls, info: ArtifactInfo) -> CacheSizes:
         """From the types of the inputs of an artifact's graph; its weights are not read."""
-        import onnx
+        from l4convert.emit.graph_refs import read_model
 
         heads, width = info.config.num_key_value_heads, info.config.head_dim
-        graph = onnx.load(info.path / MODEL_FILE, load_external_data=False).graph
+        graph = read_model(info.path / MODEL_FILE).graph
         slot_bytes = dict.fromkeys(LAYERS, 0)
         for value in graph.input:
             prefix, _, rest = value.name.partition(".")

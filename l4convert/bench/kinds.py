@@ -49,9 +49,9 @@ class NodeKinds:
     @classmethod
     def of(cls, info: ArtifactInfo) -> NodeKinds:
         """Read an artifact's graph, without its weights."""
-        import onnx
+        from l4convert.emit.graph_refs import read_model
 
-        model = onnx.load(info.path / MODEL_FILE, load_external_data=False)
+        model = read_model(info.path / MODEL_FILE)
         return cls(info.config, frozenset(mask_nodes(model)), dict(_inherited(model.graph)))
 
     def of_node(self, name: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from l4convert.checkpoint.combiners import Cast, Member, OnTop, Reshaped, SideBySide, Stacked, Transposed
+from l4convert.checkpoint.finite import count_broken
 from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.errors import InputError
 
@@ -99,7 +100,7 @@ class Prequantized(Derived):
         if zero_points is not None:
             product -= zero_points.tile(batch, rows, blocks).astype(np.float32)[:, columns]
         scales = self.scales.tile(batch, rows, blocks).astype(np.float32)
-        if broken := scales.size - int(np.count_nonzero(np.isfinite(scales))):
+        if broken := count_broken(scales):
             raise InputError(
                 f"{self.scales.origin} has {broken} NaN or infinite values in rows {rows.start} to {rows.stop - 1},"
                 f" scales of tensor {next(iter(self.values.sources), '')!r}",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 
-from l4convert.errors import UsageError
+from l4convert.errors import InputError, UsageError
+from l4convert.toml_file import read_toml
 
 DEFAULT_FILE = "l4convert.toml"
 
@@ -26,11 +26,9 @@ def load_config(path: Path, group: click.Group, ctx: click.Context) -> dict[str,
         UsageError: The file cannot be read, is not TOML, or has a key that is no option (a typo must not be silent).
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "give --config the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from error
+        data = read_toml(path)
+    except InputError as error:
+        raise UsageError(error.message, "give --config the path of a TOML file") from error
     result: dict[str, Any] = {}
     for key, value in data.items():
         if not isinstance(value, dict):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from l4convert.checkpoint.fields import Fields
+from l4convert.checkpoint.text import require_file, show
 from l4convert.cli._adapters import manifest_rows
 from l4convert.cli._inspect_checkpoint import layer_rows
 from l4convert.cli._render import count, fields, size, table
 from l4convert.emit import read_manifest
+from l4convert.emit.graph_refs import read_model
+from l4convert.emit.staging import MANIFEST_FILE, reported
 from l4convert.emit.write import MODEL_FILE
 from l4convert.engine.network import PACKED_SCALE, codes_a_word
 from l4convert.errors import InputError
@@ -31,6 +35,7 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
     """The artifact as JSON fields and as text; ``tensors`` adds a row for each weight to both."""
     manifest = read_manifest(path)
     info = None if is_foreign(manifest) else read_artifact(path)
+    said = Fields(manifest, show(path / MANIFEST_FILE))
     model = _load(path / MODEL_FILE)
     weights = [(t.name, onnx.TensorProto.DataType.Name(t.data_type), list(t.dims), _nbytes(t)) for t in _stored(model)]
     operators = Counter(_operator(node) for node in _nodes(model))
@@ -38,12 +43,12 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "kind": "artifact",
         "path": str(path),
         **_kind(manifest, info),
-        "calibration": manifest.get("calibration"),
+        "calibration": _values(said, "calibration"),
         "adapters": manifest.get("adapters", []),
-        "tool": manifest.get("tool"),
+        "tool": _values(said, "tool"),
         "libraries": manifest.get("libraries"),
         "passes": manifest.get("passes"),
-        "files": {name: entry["bytes"] for name, entry in manifest.get("files", {}).items()},
+        "files": _file_sizes(said),
         "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "operators": dict(operators.most_common()),
         "functions": [f"{function.domain}::{function.name}" for function in model.functions],
@@ -52,7 +57,11 @@ def describe(path: Path, tensors: bool) -> tuple[dict[str, Any], str]:
         "bytes_by_dtype": _by_dtype(weights),
         "quantized_share": quantized_share(model),
     }
-    rows = [] if info is None else [*manifest_rows(manifest), *_kv_rows(info, manifest), *layer_rows(info.config)]
+    rows = (
+        []
+        if info is None
+        else [*manifest_rows(manifest), *_kv_rows(info, payload["calibration"]), *layer_rows(info.config)]
+    )
     text = [
         _summary(payload, rows),
         _files(payload),
@@ -93,13 +102,29 @@ def quantized_share(model: onnx.ModelProto) -> float:
     return sum(quantized.values()) / whole if whole else 0.0
 
 
+def _values(said: Fields, key: str) -> Mapping[str, Any] | None:
+    found = said.object(key)
+    return None if found is None else found.values
+
+
+def _file_sizes(said: Fields) -> dict[str, int]:
+    """Bytes of every file, as the manifest has them."""
+    files = said.object("files") or Fields({}, said.file)
+    return {name: (files.object(name) or files).integer("bytes", low=0, high=1 << 63) for name in files.values}
+
+
 def _load(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # protobuf raises a type of its own that is not public
-        raise InputError(f"{path}: not an ONNX model: {error}") from error
+    """The graph; the types of its tensors, inputs and outputs are known ones."""
+    require_file(path, "convert the checkpoint again")
+    with reported(f"{path}: cannot be read"):
+        model = read_model(path)
+    known = set(onnx.TensorProto.DataType.values())
+    types = [(tensor.name, tensor.data_type, known - {onnx.TensorProto.UNDEFINED}) for tensor in _stored(model)]
+    types += [(v.name, v.type.tensor_type.elem_type, known) for v in (*model.graph.input, *model.graph.output)]
+    for name, number, allowed in types:
+        if number not in allowed:
+            raise InputError(f"{show(path)}: tensor '{show(name)}': data type {number} is not known")
+    return model
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -163,11 +188,11 @@ def _summary(payload: dict[str, Any], layers: list[tuple[str, str]]) -> str:
     )
 
 
-def _kv_rows(info: ArtifactInfo, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+def _kv_rows(info: ArtifactInfo, calibration: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """How the caches are quantized, and what their scales were found on."""
     if info.kv_scheme is None:
         return []
-    text = manifest.get("calibration") or {}
+    text = calibration or {}
     return [
         ("keys, values", str(info.kv_scheme)),
         ("calibrated", f"on {text.get('tokens', '?')} tokens of {text.get('file', '?')}"),

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
     """Columns two spaces apart; those whose index is in ``right`` are aligned to the right."""
-    cells = [[str(cell) for cell in row] for row in [headers, *rows]]
+    cells = [[_printable(cell) for cell in row] for row in [headers, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
     cells.insert(1, ["-" * width for width in widths])
     lines = [
@@ -20,7 +20,13 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], right: Seque
 def fields(pairs: Sequence[tuple[str, object]]) -> str:
     """``name  value`` lines with the values aligned."""
     width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in pairs)
+    return "\n".join(f"{name.ljust(width)}  {_printable(value)}".rstrip() for name, value in pairs)
+
+
+def _printable(value: object) -> str:
+    """On one line, and without what a terminal would obey: names come from files that nobody vouches for."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def ranges(indices: Sequence[int]) -> str:

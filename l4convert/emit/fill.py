@@ -37,13 +37,16 @@ from l4convert.progress import NO_PROGRESS, Progress, Task
 if TYPE_CHECKING:
     from l4convert.emit.cluster import Cluster
 
+MAX_THREADS = 256  # more would only wait for memory and disk
+
 
 @dataclass(frozen=True)
 class Filling:
     """How to fill.
 
     Attributes:
-        jobs: How many jobs run at once; None: one for each core this process may use, or of the cluster.
+        jobs: How many jobs run at once, at most MAX_THREADS in a process; None: one for each core this process may use,
+            or of the cluster.
         memory_limit: Bytes that this process, or all those of one machine of the cluster, may hold; None: a quarter of
             the machine's memory.
         restart: Discard what another run left, instead of going on from it.
@@ -58,7 +61,7 @@ class Filling:
     @property
     def threads(self) -> int:
         """How many jobs run at once in this process."""
-        return self.jobs or len(os.sched_getaffinity(0))
+        return min(self.jobs or len(os.sched_getaffinity(0)), MAX_THREADS)
 
 
 @dataclass(frozen=True)

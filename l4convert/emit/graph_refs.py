@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from l4convert.checkpoint.text import require_file, require_inside
 from l4convert.emit.onnx_file import parse_onnx
 from l4convert.errors import InputError
 
@@ -40,13 +41,14 @@ def external_refs(path: Path) -> Iterator[ExternalRef]:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """A model as its file states it; no tensor outside of the file is opened.
+    """An artifact's model as its file states it; no tensor outside of the file is opened.
 
     Raises:
-        InputError: The file is not an ONNX model.
+        InputError: The file is not an ONNX model, or a link out of its folder.
     """
-    if path.stat().st_size > MAX_MODEL_BYTES:
-        raise InputError(f"{path.name}: is larger than an ONNX file can be")
+    if not 0 < require_file(path) <= MAX_MODEL_BYTES:
+        raise InputError(f"{path.name}: is empty, or larger than an ONNX file can be")
+    require_inside(path)
     return parse_onnx(path, path.name)
 
 

@@ -28,13 +28,13 @@ def parse_size(text: str) -> int:
     """``"4G"``, ``"512M"``, ``"1.5 GiB"`` or plain bytes, in powers of 1024, as memory is sold.
 
     Raises:
-        UsageError: It is no such size, or zero.
+        UsageError: It is no such size, zero, or more than any machine has.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size <= 0:
+    size = float(match[1]) * _UNITS[match[2].upper()] if match else 0
+    if not 1 <= size < 1 << 63:
         raise UsageError(f"{text!r} is not an amount of memory", "write it as 4G or 512M")
-    return size
+    return int(size)
 
 
 def default_limit() -> int:

@@ -16,6 +16,9 @@ from l4convert.onnx_in.tensors import Tensors, attribute_tensors, is_external
 
 #: Nodes after every call of a function is replaced by its body; a real decoder has some ten thousand.
 MAX_EXPANDED_NODES = 2_000_000
+#: Of the squares of the numbers of a node's inputs: onnx_ir takes that long to remove a node. Concatenations of the 128
+#: matrices of Maverick's experts have 16,384 each.
+MAX_SQUARED_INPUTS = 20_000_000
 _Identifier = tuple[str, str, str]
 # Names by graph, from the outermost to the one that is checked.
 _Scopes = tuple[set[str], ...]
@@ -33,6 +36,7 @@ def check_model(model: onnx.ModelProto, tensors: Tensors) -> None:
     """
     where = show(tensors.path)
     _check_opsets(where, model.opset_import)
+    _check_inputs(where, model)
     _check_functions(where, model)
     for function in model.functions:
         _check_opsets(where, function.opset_import)
@@ -66,6 +70,14 @@ def _check_opsets(where: str, imports: Iterable[onnx.OperatorSetIdProto]) -> Non
     if not 1 <= version <= newest:
         hint = "update onnx, or export for an older opset"
         raise InputError(f"{where}: opset {version} is not known; this version of onnx has 1 to {newest}", hint)
+
+
+def _check_inputs(where: str, model: onnx.ModelProto) -> None:
+    nodes = [*_all_nodes(model.graph.node), *(node for body in model.functions for node in _all_nodes(body.node))]
+    if sum(len(node.input) ** 2 for node in nodes) > MAX_SQUARED_INPUTS:
+        most = max(nodes, key=lambda node: len(node.input))
+        what = f"node '{show(most.name or most.op_type)}' takes {len(most.input):,} values"
+        raise InputError(f"{where}: {what}, more than a decoder needs")
 
 
 def _check_functions(where: str, model: onnx.ModelProto) -> None:
@@ -112,11 +124,16 @@ def _expanded(
 
 
 def _calls(nodes: Iterable[onnx.NodeProto]) -> Iterator[_Identifier]:
+    return ((node.domain, node.op_type, node.overload) for node in _all_nodes(nodes))
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those of the graphs in their attributes."""
     for node in nodes:
-        yield node.domain, node.op_type, node.overload
+        yield node
         for attribute in node.attribute:
             for inner in _inner_graphs(attribute):
-                yield from _calls(inner.node)
+                yield from _all_nodes(inner.node)
 
 
 def _check_graph(tensors: Tensors, graph: onnx.GraphProto, outer: _Scopes) -> None:

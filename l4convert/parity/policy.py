@@ -5,7 +5,7 @@ The files in ``policies/`` are the defaults, and the examples to write one's own
 
 from __future__ import annotations
 
-import tomllib
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import resources
@@ -16,6 +16,7 @@ from l4convert.errors import InputError
 from l4convert.parity.metrics import Metrics
 from l4convert.quantization.kv import KvScheme
 from l4convert.quantization.recipe import STORED
+from l4convert.toml_file import parse_toml, toml_bytes
 
 SCHEMA = "l4convert.policy/1"
 
@@ -121,25 +122,18 @@ def load_policy(file: Path, target: str, compute: str = "float32", kv: KvScheme 
     Raises:
         InputError: It cannot be read, is not TOML, or has a key or value that means nothing.
     """
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from error
-    return parse_policy(content, target, compute, kv, name=file.name, where=str(file))
+    return parse_policy(toml_bytes(file), target, compute, kv, name=file.name, where=str(file))
 
 
 def parse_policy(
-    content: str, target: str, compute: str = "float32", kv: KvScheme | None = None, *, name: str, where: str
+    content: bytes | str, target: str, compute: str = "float32", kv: KvScheme | None = None, *, name: str, where: str
 ) -> Policy:
     """Read a policy: tables ``reference`` and ``drift``.
 
     Under ``compute.NAME``, then ``kv.DTYPE``, ``kv.DTYPE-GRANULARITY`` and ``target.NAME``, the same tables again
     override them.
     """
-    try:
-        tables = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where}: not TOML: {error}") from error
+    tables = parse_toml(content, where)
     if tables.pop("schema", None) != SCHEMA:
         raise InputError(f"{where}: does not say schema = {SCHEMA!r}")
     overrides = [_overrides(tables, kind, name, where) for kind in _OVERRIDES]
@@ -180,7 +174,7 @@ def _thresholds(table: Any, where: str) -> Thresholds:
     if unknown:
         raise InputError(f"{where}: unknown limit {min(unknown)!r}", f"Known limits: {', '.join(_MEASURES)}.")
     for key, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
             raise InputError(f"{where}: {key} is {value!r}, expected a number of at least 0")
     return Thresholds(**{key: float(value) for key, value in table.items()})
 

@@ -8,7 +8,6 @@ decides; a tensor that no rule matches is left alone. A ``[kv_cache]`` table say
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -19,7 +18,9 @@ from typing import Any, Literal, cast
 from l4convert.errors import InputError, UsageError
 from l4convert.quantization.int4 import BLOCK_SIZES, SCALE_RULES
 from l4convert.quantization.kv import KvScheme, kv_scheme
+from l4convert.toml_file import parse_toml, read_toml
 
+MAX_PATTERN = 1000  # ten times the longest name
 _RECIPE_KEYS = ("name", "description", "rule", "kv_cache")
 
 # Scheme -> option -> values it may have in a file.
@@ -213,29 +214,20 @@ def _load_bundled(name: str) -> Recipe:
             f"there is no recipe {name!r}; there are {', '.join(names)}",
             "give one of them, or the path of a .toml file",
         )
-    recipe = _parse_toml(_bundle().joinpath(f"{name}.toml").read_bytes(), f"recipe {name}")
+    where = f"recipe {name}"
+    recipe = parse_recipe(parse_toml(_bundle().joinpath(f"{name}.toml").read_bytes(), where), where)
     # Its block sizes are what is usual, and nobody asked for them.
     return replace(recipe, rules=tuple(_with_scheme(rule, exact_block=False) for rule in recipe.rules))
 
 
 def _load_file(path: Path) -> Recipe:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: the recipe cannot be read: {error.strerror}") from error
-    return _parse_toml(content, str(path))
-
-
-def _parse_toml(content: bytes, where: str) -> Recipe:
-    try:
-        data = tomllib.loads(content.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{where}: not a TOML file: {error}") from error
-    return parse_recipe(data, where)
+    return parse_recipe(read_toml(path), str(path))
 
 
 def _parse_rule(rule: Mapping[str, Any], where: str) -> Rule:
     pattern, kind = _text(rule, "pattern", where), _text(rule, "scheme", where)
+    if len(pattern) > MAX_PATTERN:
+        raise InputError(f"{where}: a pattern of {len(pattern):,} characters", f"at most {MAX_PATTERN:,}")
     if kind not in _OPTIONS:
         raise InputError(f"{where}: unknown scheme {kind!r}", f"one of {', '.join(_OPTIONS)}")
     allowed = _OPTIONS[kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from l4convert.checkpoint.finite import count_broken
 from l4convert.checkpoint.lazy import LazyTensor
 from l4convert.errors import InputError
 
@@ -14,8 +15,7 @@ def require_finite(tile: np.ndarray, weight: LazyTensor, batch: int, rows: slice
     Raises:
         InputError: Names the weight and how many of its values are NaN or infinite.
     """
-    broken = tile.size - int(np.count_nonzero(np.isfinite(tile)))
-    if broken:
+    if broken := count_broken(tile):
         others = len(weight.sources) - 1
         more = f" (or one of {others} tensors it is joined with)" if others > 0 else ""
         place = f"rows {rows.start} to {rows.stop - 1} of matrix {batch}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l4convert.checkpoint.text import require_file, require_inside, show
 from l4convert.errors import InputError, backend_missing
 from l4convert.runtime.cpu_form import cpu_form_of
 from l4convert.runtime.providers import PROVIDERS, Provider, check_started, prepare
@@ -56,8 +57,9 @@ def load_model(model: Path, loading: Loading) -> Any:
         import onnxruntime
     except ImportError as error:
         raise backend_missing("onnxruntime") from error
-    if not model.is_file():
-        raise InputError(f"{model}: no such file", "Convert the checkpoint again.")
+    if not require_file(model, "Convert the checkpoint again."):
+        raise InputError(f"{show(model)}: is empty", "Convert the checkpoint again.")
+    require_inside(model)
     prepare(onnxruntime, loading.provider)
     options = _options(onnxruntime, loading)
     source: str | bytes = str(model)

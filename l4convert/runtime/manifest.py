@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from l4convert.checkpoint.config import DecoderConfig, LayerConfig, RopeScaling
+from l4convert.checkpoint.hf_config import MAX_CONFIG_BYTES
+from l4convert.checkpoint.text import parse_object, read_bytes, show
 from l4convert.emit.manifest import read_manifest
 from l4convert.emit.staging import MANIFEST_FILE
 from l4convert.errors import InputError
@@ -73,17 +74,13 @@ def is_foreign(manifest: Mapping[str, Any]) -> bool:
     return isinstance(source, dict) and source.get("format") == "onnx"
 
 
-def read_json(file: Path, hint: str | None = None) -> dict[str, Any]:
-    """Read a file that must hold one JSON object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such file", hint) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as JSON: {error}", hint) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: not a JSON object", hint)
-    return content
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a small file that must hold one JSON object.
+
+    Raises:
+        InputError: It does not, or is no file of its folder.
+    """
+    return parse_object(read_bytes(file, MAX_CONFIG_BYTES), show(file))
 
 
 def config_from_json(content: Mapping[str, Any]) -> DecoderConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l4convert.checkpoint.templates import TOKENIZER_BYTES
-from l4convert.checkpoint.text import require_file, show
+from l4convert.checkpoint.text import require_file, require_inside, show
 from l4convert.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class TextTokenizer:
             hint = "Copy the checkpoint's tokenizer.json beside the model, or work with token ids."
             raise InputError(f"{file}: no such file", hint)
         size = require_file(file)
+        require_inside(file)
         if size > TOKENIZER_BYTES:
             raise InputError(f"{show(file)}: {size:,} bytes, more than a tokenizer can sensibly have")
         with _reported(f"{show(file)}: not a tokenizer"):

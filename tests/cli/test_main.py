@@ -200,6 +200,7 @@ def test_config_by_environment_wins_over_the_file_of_the_folder(probe, capsys, m
         ("recipe = 1\n", "recipe is not an option"),
         ("[prob]\n", "[prob] is not a command"),
         ("x = [\n", "not a TOML file"),
+        ("x = " + "[" * 10_000, "nested too deeply"),
     ],
 )
 def test_a_wrong_config_file_is_exit_2_and_named(probe, capsys, text, part):
@@ -212,7 +213,7 @@ def test_a_wrong_config_file_is_exit_2_and_named(probe, capsys, text, part):
 
 def test_an_absent_config_file_is_exit_2(probe, capsys):
     assert cli.run(["--config", "absent.toml", "probe"]) == 2
-    assert "absent.toml: No such file" in capsys.readouterr().err
+    assert "absent.toml: cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_a_bad_value_says_where_it_came_from(probe, capsys, monkeypatch):

@@ -180,7 +180,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "4X", "-1G", "0", "G"])
+@pytest.mark.parametrize("text", ["", "4X", "-1G", "0", "G", "9" * 400 + "G"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not an amount of memory"):
         parse_size(text)

@@ -136,13 +136,16 @@ def test_unexpected_files_are_named_and_later_ones_allowed(artifact: Path) -> No
 
 
 def test_files_that_are_links_are_checked_by_content(artifact: Path, tmp_path: Path) -> None:
-    # Model hubs keep downloads so: a snapshot folder of links into a store.
+    # Hugging Face's cache keeps downloads so.
+    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
     for name in FILES:
-        (artifact / name).rename(tmp_path / name)
-        (artifact / name).symlink_to(tmp_path / name)
-    assert verify_artifact(artifact).ok
-    (tmp_path / "config.json").write_text("other")
-    assert not verify_artifact(artifact).ok
+        (artifact / name).rename(blobs / name)
+        (snapshot / name).symlink_to(Path("..", "..", "blobs", name))
+    assert verify_artifact(snapshot).ok
+    (blobs / "config.json").write_text("other")
+    assert not verify_artifact(snapshot).ok
 
 
 def _set(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:

@@ -168,7 +168,7 @@ def test_quantized_caches_have_limits_that_are_never_stricter(recipe: str, dtype
         ("", "schema"),
         (HEAD + "[reference]\nmean_kl = 1\n[kv]\nint8 = 1", r"\[kv\.NAME\.reference\]"),
         ('schema = "l4convert.policy/2"\n[reference]\nmean_kl = 1', "schema"),
-        ("[reference", "not TOML"),
+        ("[reference", "not a TOML file"),
         (HEAD, "limits nothing"),
         (HEAD + "[reference]\n", "limits nothing"),
         (HEAD + "mean_kl = 1", "unknown table or key 'mean_kl'"),
@@ -179,6 +179,7 @@ def test_quantized_caches_have_limits_that_are_never_stricter(recipe: str, dtype
         (HEAD + "[reference]\nmean_kl = nan", "mean_kl is nan"),
         (HEAD + "[reference]\nmean_kl = inf", "mean_kl is inf"),
         (HEAD + "[reference]\nmean_kl = -1", "mean_kl is -1"),
+        (HEAD + "[reference]\nmean_kl = 1" + "0" * 400, "mean_kl is 10"),
         (HEAD + "[reference]\nmean_kl = 1\n[target]\ncpu = 1", r"\[target\.NAME\.reference\]"),
         (HEAD + "[reference]\nmean_kl = 1\n[compute]\nbfloat16 = 1", r"\[compute\.NAME\.reference\]"),
         (HEAD + "compute = 1\n[reference]\nmean_kl = 1", r"\[compute\.NAME\.reference\]"),
@@ -200,5 +201,5 @@ def test_an_absent_policy_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         load_policy(tmp_path / "absent.toml", "cpu")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="not a TOML file"):
         load_policy(tmp_path / "binary.toml", "cpu")

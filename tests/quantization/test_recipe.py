@@ -154,6 +154,11 @@ RULE = '\n[[rule]]\npattern = "*"\n'
     ("text", "message"),
     [
         ("name = ", "not a TOML file"),
+        ("name = " + "9" * 5000, "not a TOML file"),
+        ("name = " + "{a = " * 10_000, "nested too deeply"),
+        ('name = "a"\n[[rule]]\npattern = "' + "*a" * 600 + '"\nscheme = "none"', "rule 1: a pattern of 1,200"),
+        ("a." * 30_000 + "b = 1", "more than 200 dots"),
+        ("# " + "x" * (1 << 20), "more than the 1,048,576 bytes"),
         ("", "no 'name'"),
         ('name = ""', "'name' must be a text"),
         ("name = 3", "'name' must be a text"),
@@ -191,7 +196,7 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, message: str) 
 
 
 def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent\.toml: the recipe cannot be read"):
+    with pytest.raises(InputError, match=r"absent\.toml: cannot be read"):
         load_recipe(str(tmp_path / "absent.toml"))
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe")

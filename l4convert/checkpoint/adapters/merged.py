@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from l4convert.checkpoint.finite import count_broken
 from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.errors import InputError
 from l4convert.quantization.lowrank import add_low_rank
@@ -152,8 +153,7 @@ def _factor(factor: LazyTensor, batch: int, rows: slice, cols: slice) -> np.ndar
         InputError: It is not finite; names the adapter's tensor.
     """
     tile = np.ascontiguousarray(factor.tile(batch, rows, cols), np.float64)
-    if not np.isfinite(tile).all():
-        broken = tile.size - int(np.count_nonzero(np.isfinite(tile)))
+    if broken := count_broken(tile):
         raise InputError(
             f"{factor.origin} has {broken} NaN or infinite values among {tile.size} that were read of it",
             "the adapter is damaged or was trained into overflow; take an earlier one",

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from l4convert.checkpoint.finite import count_broken
 from l4convert.checkpoint.lazy import Derived, LazyTensor
 from l4convert.checkpoint.prequantized import Prequantized
 from l4convert.errors import InputError
@@ -37,10 +38,7 @@ class Finite(Derived):
 
     def tile(self, batch: int, rows: slice, cols: slice) -> np.ndarray:
         tile = self.parts[0].tile(batch, rows, cols)
-        if self.dtype == ir.DataType.FLOAT8E4M3FN:
-            broken = _nan_codes(tile)
-        else:
-            broken = tile.size - int(np.count_nonzero(np.isfinite(tile)))
+        broken = _nan_codes(tile) if self.dtype == ir.DataType.FLOAT8E4M3FN else count_broken(tile)
         if broken:
             place = f"rows {rows.start} to {rows.stop - 1} of matrix {batch}" if self.size > 1 else "it"
             raise InputError(f"{self.origin} has {broken} NaN or infinite values in {place}", _HINT)

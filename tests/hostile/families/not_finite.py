@@ -55,6 +55,7 @@ CASES = {
     "the last expert": named(put(GATE_UP, 0x7E00, slice(-1, None)), GATE_UP, 1),
     "the first expert": named(put(DOWN, 0x7E00), DOWN, 1),
     "the shared expert": named(put(SHARED, 0x7C00), SHARED, 1),
+    "a signalling NaN of bfloat16": named(put(GATE_UP, 0x7F81, slice(0, 1), "bfloat16"), GATE_UP, 1),
     "float32 NaN": named(put(Q_PROJ, 0x7FC00000, slice(0, 1), "uint32"), Q_PROJ, 1),
     "float32 signalling NaN": named(put(NORM, 0x7F800001, slice(0, 1), "uint32"), NORM, 1),
     "float32 -Inf": named(put(EMBED, 0xFF800000, slice(0, 2), "uint32"), EMBED, 2),

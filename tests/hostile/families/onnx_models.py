@@ -89,9 +89,13 @@ def deep(proto: onnx.ModelProto) -> None:
             break
 
 
-def crowded(proto: onnx.ModelProto) -> None:
-    """Nodes of two bytes each."""
-    proto.graph.MergeFrom(onnx.GraphProto.FromString(b"\x0a\x00" * 1_000_000))
+def crowded(folder: Path) -> None:
+    """A graph of nodes of two bytes each, which protobuf makes 3 GB of."""
+    (folder / MODEL).write_bytes(b"\x3a\x80\xda\xc4\x09" + b"\x0a\x00" * 10_000_000)
+
+
+def many_inputs(proto: onnx.ModelProto) -> None:
+    proto.graph.node.append(helper.make_node("Concat", [proto.graph.input[0].name] * 20_000, ["all"], axis=0))
 
 
 def as_socket(folder: Path) -> None:
@@ -182,7 +186,18 @@ FAMILY = Family(
             "a value given twice": graph(lambda g: g.node[1].output.__setitem__(0, "a"), "'a'"),
             "an output that nothing gives": graph(lambda g: setattr(g.output[0], "name", "gone"), "gone"),
             "a name of two lines": graph(lambda g: g.node[0].input.__setitem__(0, "a\nb")),
-            "a million nodes": (edit_model(MODEL, crowded), (MODEL,)),
+            "ten million nodes": (crowded, (MODEL, "600,000")),
+            "a node of 20,000 inputs": (edit_model(MODEL, many_inputs), (MODEL, "Concat", "20,000")),
+            "1.9 GB of a number and zeros": (
+                lambda p: ((p / MODEL).write_bytes(b"\x08"), os.truncate(p / MODEL, 1_900_000_000)),
+                (MODEL, "not an ONNX model"),
+            ),
+            "50 million packed integers": (
+                lambda p: (p / MODEL).write_bytes(
+                    b"\x3a\x8c\xe1\xeb\x17\x2a\x87\xe1\xeb\x17\x10\x07\x3a\x80\xe1\xeb\x17" + b"\x01" * 50_000_000
+                ),
+                (MODEL, "packed"),
+            ),
             "nested graphs": (edit_model(MODEL, deep), (MODEL,)),
         }
     ),
