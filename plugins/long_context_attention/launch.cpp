@@ -240,26 +240,6 @@ class Call {
 
 Status refuse(const std::string& why) { return "LongContextAttention: " + why; }
 
-Status check_shape(const l4_attention& a, const l4_attention_shape& s) {
-  if (s.batch < 0 || s.new_tokens < 0) return refuse("a negative size");
-  if (s.seen_tokens < s.new_tokens) return refuse("positions have fewer columns than there are new tokens");
-  if (s.batch > kGridMax) return refuse("more than 65535 sequences");
-  const std::int64_t largest = std::max({s.seen_tokens, s.capacity, s.table_rows});
-  if (largest >= kInt32Max || s.batch * a.num_heads * a.head_dim > kInt32Max ||
-      s.batch * a.num_heads > kInt32Max / std::max<std::int64_t>(1, s.new_tokens)) {
-    return refuse("more than 2147483646 tokens, slots or rows");
-  }
-  if (s.capacity < reach(a, s)) {
-    return refuse("the cache has " + std::to_string(s.capacity) + " slots, fewer than the " +
-                  std::to_string(reach(a, s)) + " that " + std::to_string(s.seen_tokens) + " tokens may need");
-  }
-  if (a.rope && s.table_rows < reach(a, s)) {
-    return refuse("the rotary tables have " + std::to_string(s.table_rows) + " rows, fewer than the " +
-                  std::to_string(reach(a, s)) + " positions");
-  }
-  return {};
-}
-
 Status check_buffers(const l4_attention& a, const l4_attention_buffers& b) {
   const bool quantized = a.kv_dtype != L4_KV_NONE;
   const struct {
@@ -308,14 +288,35 @@ Status check(const l4_attention& a) {
   return {};
 }
 
+Status check(const l4_attention& a, const l4_attention_shape& s) {
+  const Status status = check(a);
+  if (!status.empty()) return status;
+  if (s.batch < 0 || s.new_tokens < 0) return refuse("a negative size");
+  if (s.seen_tokens < s.new_tokens) return refuse("positions have fewer columns than there are new tokens");
+  if (s.batch > kGridMax) return refuse("more than 65535 sequences");
+  const std::int64_t largest = std::max({s.seen_tokens, s.capacity, s.table_rows});
+  if (largest >= kInt32Max || s.batch * a.num_heads * a.head_dim > kInt32Max ||
+      s.batch * a.num_heads > kInt32Max / std::max<std::int64_t>(1, s.new_tokens)) {
+    return refuse("more than 2147483646 tokens, slots or rows");
+  }
+  if (s.capacity < reach(a, s)) {
+    return refuse("the cache has " + std::to_string(s.capacity) + " slots, fewer than the " +
+                  std::to_string(reach(a, s)) + " that " + std::to_string(s.seen_tokens) + " tokens may need");
+  }
+  if (a.rope && s.table_rows < reach(a, s)) {
+    return refuse("the rotary tables have " + std::to_string(s.table_rows) + " rows, fewer than the " +
+                  std::to_string(reach(a, s)) + " positions");
+  }
+  return {};
+}
+
 std::size_t workspace_bytes(const l4_attention& a, const l4_attention_shape& s, int multiprocessors) {
   const std::size_t decode = decode_workspace(a, s, multiprocessors);
   return s.new_tokens > 1 ? std::max(decode, prefill_workspace(a, s, multiprocessors)) : decode;
 }
 
 Status enqueue(Launcher& launcher, const l4_attention& a, const l4_attention_shape& s, const l4_attention_buffers& b) {
-  Status status = check(a);
-  if (status.empty()) status = check_shape(a, s);
+  Status status = check(a, s);
   if (!status.empty()) return status;
   if (s.batch == 0 || s.new_tokens == 0) return {};
   status = check_buffers(a, b);

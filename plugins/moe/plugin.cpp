@@ -20,6 +20,8 @@ class MoE final : public Op {
     outputs_ = {{"y", compute, {free('T'), fixed(hidden)}}};
   }
 
+  Status check(const Sizes& sizes) const override { return l4convert::check(moe_, sizes['T']); }
+
   std::size_t workspace(const Sizes& most, int) const override { return workspace_bytes(moe_, most['T']); }
 
   Status enqueue(Launcher& launcher, const Sizes& sizes, const void* const* inputs, void* const* outputs,
