@@ -117,7 +117,7 @@ class Call {
   Status run() {
     Status status = present(b_.present_key, b_.past_key);
     if (status.empty()) status = present(b_.present_value, b_.past_value);
-    if (!status.empty()) return status;
+    if (!status.empty() || s_.new_tokens == 0) return status;
     return s_.new_tokens == 1 ? decode() : prefill();
   }
 
@@ -240,27 +240,28 @@ class Call {
 
 Status refuse(const std::string& why) { return "LongContextAttention: " + why; }
 
-Status check_buffers(const l4_attention& a, const l4_attention_buffers& b) {
-  const bool quantized = a.kv_dtype != L4_KV_NONE;
+// `some`: whether there are new tokens; without them only the caches are looked at.
+Status check_buffers(const l4_attention& a, bool some, const l4_attention_buffers& b) {
+  const bool quantized = some && a.kv_dtype != L4_KV_NONE, rope = some && a.rope != 0;
   const struct {
     const char* name;
     const void* address;
     bool needed;
   } all[] = {
-      {"query", b.query, true},
-      {"key", b.key, true},
-      {"value", b.value, true},
+      {"query", b.query, some},
+      {"key", b.key, some},
+      {"value", b.value, some},
       {"past_key", b.past_key, true},
       {"past_value", b.past_value, true},
-      {"positions", b.positions, true},
-      {"cos", b.cos, a.rope != 0},
-      {"sin", b.sin, a.rope != 0},
+      {"positions", b.positions, some},
+      {"cos", b.cos, rope},
+      {"sin", b.sin, rope},
       {"key_scale", b.key_scale, quantized},
       {"value_scale", b.value_scale, quantized},
-      {"attention", b.attention, true},
+      {"attention", b.attention, some},
       {"present_key", b.present_key, true},
       {"present_value", b.present_value, true},
-      {"workspace", b.workspace, true},
+      {"workspace", b.workspace, some},
   };
   for (const auto& buffer : all) {
     if (buffer.needed && !buffer.address) return refuse(std::string(buffer.name) + " is null");
@@ -318,8 +319,8 @@ std::size_t workspace_bytes(const l4_attention& a, const l4_attention_shape& s, 
 Status enqueue(Launcher& launcher, const l4_attention& a, const l4_attention_shape& s, const l4_attention_buffers& b) {
   Status status = check(a, s);
   if (!status.empty()) return status;
-  if (s.batch == 0 || s.new_tokens == 0) return {};
-  status = check_buffers(a, b);
+  if (s.batch == 0) return {};
+  status = check_buffers(a, s.new_tokens > 0, b);
   return status.empty() ? Call(launcher, a, s, b).run() : status;
 }
 

@@ -48,7 +48,6 @@ class LongContextAttention final : public Op {
 
   Status enqueue(Launcher& launcher, const Sizes& sizes, const void* const* inputs, void* const* outputs,
                  void* workspace) const override {
-    if (sizes['B'] == 0 || sizes['S'] == 0) return {};
     const void* const* next = inputs + 6;
     auto take = [&](bool given) { return given ? *next++ : nullptr; };
     l4_attention_buffers buffers = {};
