@@ -50,7 +50,7 @@ plugins: $(STAMP) ## Build the library of GPU kernels and TensorRT plugins into 
 
 # A Python that has torch with CUDA, Triton and the rest already is used as it is: no network is needed then. Otherwise
 # everything goes into $(VENV).
-gpu: ## Check and time kernels, engines and the CUDA provider on the GPU of this machine (exit 5 where there is none)
+gpu: ## Check and time kernels, engines and the CUDA provider on the GPU of this machine (an error where there is none)
 	@$(GPU_PYTHON) benchmarks/gpu_environment.py --probe
 	@if $(GPU_PYTHON) benchmarks/gpu_environment.py --ready; \
 	then PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/gpu.py $(ARGS); \

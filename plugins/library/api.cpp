@@ -14,8 +14,9 @@ using l4convert::Status;
 thread_local std::string last_error;
 
 int failed(const Status& status) {
+  if (status.empty()) return 0;
   last_error = status;
-  return status.empty() ? 0 : 1;
+  return 1;
 }
 
 // Runs `call`, which returns a Status, and turns whatever comes of it into a return code.
@@ -30,16 +31,22 @@ int guarded(Call call) noexcept {
   }
 }
 
-Argument convert(const l4_argument& argument) {
+Status convert(const l4_argument& argument, std::vector<Argument>* to) {
   switch (argument.type) {
+    case 'p':
+      to->push_back(Argument::pointer(argument.value.pointer));
+      return {};
     case 'i':
-      return Argument::i32(argument.value.int32);
+      to->push_back(Argument::i32(argument.value.int32));
+      return {};
     case 'l':
-      return Argument::i64(argument.value.int64);
+      to->push_back(Argument::i64(argument.value.int64));
+      return {};
     case 'f':
-      return Argument::f32(argument.value.float32);
+      to->push_back(Argument::f32(argument.value.float32));
+      return {};
     default:
-      return Argument::pointer(argument.value.pointer);
+      return "argument " + std::to_string(to->size()) + " is of no type that is p, i, l or f";
   }
 }
 
@@ -63,7 +70,7 @@ int l4_moe_check(const l4_moe* moe) {
 
 int l4_moe_workspace(const l4_moe* moe, int64_t tokens, size_t* bytes) {
   return guarded([&] {
-    Status status = l4convert::check(*moe);
+    Status status = l4convert::check(*moe, tokens);
     if (status.empty()) *bytes = l4convert::workspace_bytes(*moe, tokens);
     return status;
   });
@@ -85,7 +92,7 @@ int l4_attention_check(const l4_attention* attention) {
 int l4_attention_workspace(const l4_attention* attention, const l4_attention_shape* shape, int32_t multiprocessors,
                            size_t* bytes) {
   return guarded([&] {
-    Status status = l4convert::check(*attention);
+    Status status = l4convert::check(*attention, *shape);
     if (status.empty()) *bytes = l4convert::workspace_bytes(*attention, *shape, multiprocessors);
     return status;
   });
@@ -109,7 +116,10 @@ int l4_launch(const char* kernel, uint32_t x, uint32_t y, uint32_t z, const l4_a
               void* stream) {
   return guarded([&] {
     std::vector<Argument> converted;
-    for (int32_t i = 0; i < count; ++i) converted.push_back(convert(arguments[i]));
+    for (int32_t i = 0; i < count; ++i) {
+      const Status status = convert(arguments[i], &converted);
+      if (!status.empty()) return status;
+    }
     return DriverLauncher(stream).launch(kernel, {x, y, z}, converted);
   });
 }

@@ -242,13 +242,16 @@ std::int64_t DriverLauncher::constant(const std::string& kernel, const std::stri
 Status DriverLauncher::preload(const std::string& op) {
   if (!status_.empty()) return status_;
   if (!context_->any) return missing_sm(context_->sm);
+  bool known = false;
   for (int i = 0; i < kKernelCount; ++i) {
-    if (op != kKernels[i].op || context_->find(kKernels[i].name) != &kKernels[i]) continue;
+    if (op != kKernels[i].op) continue;
+    known = true;
+    if (context_->find(kKernels[i].name) != &kKernels[i]) continue;
     Context::Chosen chosen;
     Status status = context_->load(kKernels[i].name, &chosen);
     if (!status.empty()) return status;
   }
-  return {};
+  return known ? Status() : "the plugin library has no op " + op;
 }
 
 bool library_has(const std::string& kernel) {

@@ -25,6 +25,8 @@ bool has_kind(PluginFieldType type, FieldKind kind) {
   return type == field_type(kind) || (kind == FieldKind::kInteger && type == PluginFieldType::kINT64);
 }
 
+bool printable(char c) { return c >= ' ' && c <= '~'; }
+
 template <typename T>
 T load(const void* from) {  // what a field points to need not be aligned
   T value;
@@ -32,7 +34,16 @@ T load(const void* from) {  // what a field points to need not be aligned
   return value;
 }
 
-std::string quoted(const std::string& name) { return "field \"" + name.substr(0, 64) + "\""; }
+// Text of others as a message can have it: one short line.
+std::string quoted(const std::string& text) {
+  std::string shown = text.substr(0, 64);
+  for (char& c : shown) {
+    if (!printable(c)) c = '?';
+  }
+  return '"' + shown + '"';
+}
+
+std::string named(const std::string& name) { return "field " + quoted(name); }
 
 const FieldRule* rule_of(const std::vector<FieldRule>& rules, const std::string& name) {
   for (const FieldRule& rule : rules) {
@@ -53,16 +64,16 @@ Status Fields::read(const nvinfer1::PluginFieldCollection* given, const std::vec
     const PluginField& field = given->fields[i];
     if (field.name == nullptr) return "field " + std::to_string(i) + " has no name";
     const FieldRule* rule = rule_of(rules, field.name);
-    if (rule == nullptr) return quoted(field.name) + " is not known";
-    if (fields.values_.count(rule->name) != 0) return quoted(rule->name) + " is given twice";
+    if (rule == nullptr) return named(field.name) + " is not known";
+    if (fields.values_.count(rule->name) != 0) return named(rule->name) + " is given twice";
     Value value{rule->kind, 0, 0.0F, ""};
     Status status = read_value(field, rule->kind, value);
-    if (!status.empty()) return quoted(rule->name) + " " + status;
+    if (!status.empty()) return named(rule->name) + " " + status;
     fields.values_.emplace(rule->name, std::move(value));
   }
   for (const FieldRule& rule : rules) {
     if (fields.values_.count(rule.name) != 0) continue;
-    if (rule.required) return quoted(rule.name) + " is missing";
+    if (rule.required) return named(rule.name) + " is missing";
     fields.values_.emplace(rule.name, Value{rule.kind, 0, 0.0F, ""});
   }
   result = std::move(fields);
@@ -76,7 +87,7 @@ Status Fields::read_value(const PluginField& field, FieldKind kind, Value& value
     if (field.length > 0) value.text.assign(static_cast<const char*>(field.data), static_cast<std::size_t>(field.length));
     while (!value.text.empty() && value.text.back() == '\0') value.text.pop_back();
     for (char c : value.text) {
-      if (c < ' ' || c > '~') return "is not printable ASCII";
+      if (!printable(c)) return "is not printable ASCII";
     }
     return {};
   }
@@ -128,7 +139,7 @@ std::vector<PluginField> field_names(const std::vector<FieldRule>& rules) {
 }
 
 Status refused(const char* field, const std::string& value, const char* known) {
-  return std::string("field \"") + field + "\" is \"" + value + "\", which the plugin does not know (" + known + ")";
+  return named(field) + " is " + quoted(value) + ", which the plugin does not know (" + known + ")";
 }
 
 }  // namespace l4convert

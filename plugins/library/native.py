@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from l4convert.errors import DeviceError, InputError
+from l4convert.errors import DeviceError
+from l4convert.plugins.library.opening import not_a_library, open_library
 from l4convert.plugins.library.structures import (
     FLOATS,
     KV_DTYPES,
@@ -123,14 +124,11 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise InputError(f"{path}: there is no such file", hint="l4convert plugins build makes it")
+        self._library = open_library(path)
         try:
-            self._library = ctypes.CDLL(str(path.resolve()))
             _declare(self._library)
-        except (OSError, AttributeError) as error:
-            reason = str(error).rsplit(": ", 1)[-1]
-            raise InputError(f"{path}: not a plugin library of l4convert ({reason})") from None
+        except AttributeError as error:
+            raise not_a_library(path, str(error)) from None
 
     @property
     def version(self) -> str:

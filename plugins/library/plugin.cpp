@@ -110,6 +110,10 @@ std::int32_t Plugin::getOutputShapes(const DimsExprs* inputs, std::int32_t input
     }
     if (!status.empty()) return done(status);
     for (std::size_t i = 0; i < op_->outputs().size(); ++i) {
+      if (const int input = op_->aliased_input(static_cast<int>(i)); input >= 0) {
+        outputs[i] = inputs[input];  // the very expressions: equal ones of other tensors may not be known to be equal
+        continue;
+      }
       const std::vector<Extent>& dims = op_->outputs()[i].dims;
       outputs[i].nbDims = static_cast<std::int32_t>(dims.size());
       for (std::size_t axis = 0; axis < dims.size(); ++axis) {
@@ -124,9 +128,8 @@ std::int32_t Plugin::getOutputShapes(const DimsExprs* inputs, std::int32_t input
 bool Plugin::supportsFormatCombination(std::int32_t position, const DynamicPluginTensorDesc* tensors,
                                        std::int32_t input_count, std::int32_t output_count) noexcept {
   return guarded(kind_.name, false, [&] {
-    if (position < 0 || position >= input_count + output_count || !check_counts(input_count, output_count).empty()) {
-      return false;
-    }
+    if (!check_counts(input_count, output_count).empty()) return false;
+    if (position < 0 || position >= input_count + output_count) return false;
     auto index = static_cast<std::size_t>(position);
     std::size_t count = op_->inputs().size();
     const Tensor& tensor = index < count ? op_->inputs()[index] : op_->outputs()[index - count];

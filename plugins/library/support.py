@@ -8,6 +8,7 @@ from ctypes import Structure, c_char_p, c_float, c_int32, c_size_t, c_void_p
 from pathlib import Path
 
 from l4convert.errors import InputError
+from l4convert.plugins.library.opening import open_library
 
 Attribute = int | float | str
 
@@ -38,11 +39,11 @@ def missing_support(library: Path, plugin: str, attributes: Mapping[str, Attribu
         sm: 90 for 9.0.
 
     Raises:
-        InputError: The library has no TensorRT plugins.
+        InputError: It is no library, or one without TensorRT plugins.
     """
     try:
-        ask = ctypes.CDLL(str(library.resolve())).l4_supports
-    except (OSError, AttributeError):
+        ask = open_library(library).l4_supports
+    except AttributeError:
         raise InputError(
             f"{library}: has no TensorRT plugins",
             "pip install kernel-lens for TensorRT's headers, then l4convert plugins build --overwrite",

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
+#include <vector>
 
 namespace l4convert {
 namespace {
@@ -14,22 +16,15 @@ namespace {
 // libnvinfer.so.10, libnvinfer.so.11.1.0, libnvinfer_lean.so.10, ...: whichever comes first and has what is looked for.
 constexpr const char kPrefix[] = "libnvinfer";
 
-struct Search {
-  const char* name;
-  void* found;
-};
-
-int look_into(dl_phdr_info* object, std::size_t, void* data) {
-  auto& search = *static_cast<Search*>(data);
+// Nothing is opened here: the list of objects is locked meanwhile, and another thread's dlopen, which has the other lock,
+// may wait for it.
+int collect(dl_phdr_info* object, std::size_t, void* data) {
   const char* slash = std::strrchr(object->dlpi_name, '/');
   const char* file = slash == nullptr ? object->dlpi_name : slash + 1;
-  if (std::strncmp(file, kPrefix, sizeof(kPrefix) - 1) != 0) return 0;
-  // Its symbols may be in no global scope: Python and Triton Inference Server load it for themselves.
-  void* handle = dlopen(object->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-  if (handle == nullptr) return 0;
-  search.found = dlsym(handle, search.name);
-  dlclose(handle);
-  return search.found != nullptr ? 1 : 0;
+  if (std::strncmp(file, kPrefix, sizeof(kPrefix) - 1) == 0) {
+    static_cast<std::vector<std::string>*>(data)->emplace_back(object->dlpi_name);
+  }
+  return 0;
 }
 
 struct Walk {
@@ -49,15 +44,23 @@ _Unwind_Reason_Code visit(_Unwind_Context* frame, void* data) {
 
 }  // namespace
 
-void* tensorrt_function(const char* name) noexcept {
+void* tensorrt_function(const char* name) {
   // A program may be linked with it statically, and export it.
   if (void* found = dlsym(RTLD_DEFAULT, name)) return found;
-  Search search{name, nullptr};
-  dl_iterate_phdr(look_into, &search);
-  return search.found;
+  std::vector<std::string> paths;
+  dl_iterate_phdr(collect, &paths);
+  void* found = nullptr;
+  for (std::size_t i = 0; i < paths.size() && found == nullptr; ++i) {
+    // Its symbols may be in no global scope: Python and Triton Inference Server load it for themselves.
+    void* handle = dlopen(paths[i].c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (handle == nullptr) continue;
+    found = dlsym(handle, name);
+    dlclose(handle);
+  }
+  return found;
 }
 
-bool tensorrt_fits() noexcept {
+bool tensorrt_fits() {
   // major * 10000 + minor * 100 + patch
   auto version = reinterpret_cast<std::int32_t (*)()>(tensorrt_function("getInferLibVersion"));
   return version == nullptr || version() / 10000 == NV_TENSORRT_MAJOR;

@@ -117,7 +117,7 @@ class Call {
   Status run() {
     Status status = present(b_.present_key, b_.past_key);
     if (status.empty()) status = present(b_.present_value, b_.past_value);
-    if (!status.empty()) return status;
+    if (!status.empty() || s_.new_tokens == 0) return status;
     return s_.new_tokens == 1 ? decode() : prefill();
   }
 
@@ -240,47 +240,28 @@ class Call {
 
 Status refuse(const std::string& why) { return "LongContextAttention: " + why; }
 
-Status check_shape(const l4_attention& a, const l4_attention_shape& s) {
-  if (s.batch < 0 || s.new_tokens < 0) return refuse("a negative size");
-  if (s.seen_tokens < s.new_tokens) return refuse("positions have fewer columns than there are new tokens");
-  if (s.batch > kGridMax) return refuse("more than 65535 sequences");
-  const std::int64_t largest = std::max({s.seen_tokens, s.capacity, s.table_rows});
-  if (largest >= kInt32Max || s.batch * a.num_heads * a.head_dim > kInt32Max ||
-      s.batch * a.num_heads > kInt32Max / std::max<std::int64_t>(1, s.new_tokens)) {
-    return refuse("more than 2147483646 tokens, slots or rows");
-  }
-  if (s.capacity < reach(a, s)) {
-    return refuse("the cache has " + std::to_string(s.capacity) + " slots, fewer than the " +
-                  std::to_string(reach(a, s)) + " that " + std::to_string(s.seen_tokens) + " tokens may need");
-  }
-  if (a.rope && s.table_rows < reach(a, s)) {
-    return refuse("the rotary tables have " + std::to_string(s.table_rows) + " rows, fewer than the " +
-                  std::to_string(reach(a, s)) + " positions");
-  }
-  return {};
-}
-
-Status check_buffers(const l4_attention& a, const l4_attention_buffers& b) {
-  const bool quantized = a.kv_dtype != L4_KV_NONE;
+// `some`: whether there are new tokens; without them only the caches are looked at.
+Status check_buffers(const l4_attention& a, bool some, const l4_attention_buffers& b) {
+  const bool quantized = some && a.kv_dtype != L4_KV_NONE, rope = some && a.rope != 0;
   const struct {
     const char* name;
     const void* address;
     bool needed;
   } all[] = {
-      {"query", b.query, true},
-      {"key", b.key, true},
-      {"value", b.value, true},
+      {"query", b.query, some},
+      {"key", b.key, some},
+      {"value", b.value, some},
       {"past_key", b.past_key, true},
       {"past_value", b.past_value, true},
-      {"positions", b.positions, true},
-      {"cos", b.cos, a.rope != 0},
-      {"sin", b.sin, a.rope != 0},
+      {"positions", b.positions, some},
+      {"cos", b.cos, rope},
+      {"sin", b.sin, rope},
       {"key_scale", b.key_scale, quantized},
       {"value_scale", b.value_scale, quantized},
-      {"attention", b.attention, true},
+      {"attention", b.attention, some},
       {"present_key", b.present_key, true},
       {"present_value", b.present_value, true},
-      {"workspace", b.workspace, true},
+      {"workspace", b.workspace, some},
   };
   for (const auto& buffer : all) {
     if (buffer.needed && !buffer.address) return refuse(std::string(buffer.name) + " is null");
@@ -308,17 +289,38 @@ Status check(const l4_attention& a) {
   return {};
 }
 
+Status check(const l4_attention& a, const l4_attention_shape& s) {
+  const Status status = check(a);
+  if (!status.empty()) return status;
+  if (s.batch < 0 || s.new_tokens < 0) return refuse("a negative size");
+  if (s.seen_tokens < s.new_tokens) return refuse("positions have fewer columns than there are new tokens");
+  if (s.batch > kGridMax) return refuse("more than 65535 sequences");
+  const std::int64_t largest = std::max({s.seen_tokens, s.capacity, s.table_rows});
+  if (largest >= kInt32Max || s.batch * a.num_heads * a.head_dim > kInt32Max ||
+      s.batch * a.num_heads > kInt32Max / std::max<std::int64_t>(1, s.new_tokens)) {
+    return refuse("more than 2147483646 tokens, slots or rows");
+  }
+  if (s.capacity < reach(a, s)) {
+    return refuse("the cache has " + std::to_string(s.capacity) + " slots, fewer than the " +
+                  std::to_string(reach(a, s)) + " that " + std::to_string(s.seen_tokens) + " tokens may need");
+  }
+  if (a.rope && s.table_rows < reach(a, s)) {
+    return refuse("the rotary tables have " + std::to_string(s.table_rows) + " rows, fewer than the " +
+                  std::to_string(reach(a, s)) + " positions");
+  }
+  return {};
+}
+
 std::size_t workspace_bytes(const l4_attention& a, const l4_attention_shape& s, int multiprocessors) {
   const std::size_t decode = decode_workspace(a, s, multiprocessors);
   return s.new_tokens > 1 ? std::max(decode, prefill_workspace(a, s, multiprocessors)) : decode;
 }
 
 Status enqueue(Launcher& launcher, const l4_attention& a, const l4_attention_shape& s, const l4_attention_buffers& b) {
-  Status status = check(a);
-  if (status.empty()) status = check_shape(a, s);
+  Status status = check(a, s);
   if (!status.empty()) return status;
-  if (s.batch == 0 || s.new_tokens == 0) return {};
-  status = check_buffers(a, b);
+  if (s.batch == 0) return {};
+  status = check_buffers(a, s.new_tokens > 0, b);
   return status.empty() ? Call(launcher, a, s, b).run() : status;
 }
 

@@ -33,8 +33,9 @@ struct l4_attention_buffers {
 
 namespace l4convert {
 
-// Whether the kernels can do such a call at all, on any device.
+// Whether the kernels can do such a call at all, on any device; and one of this shape.
 Status check(const l4_attention& attention);
+Status check(const l4_attention& attention, const l4_attention_shape& shape);
 // Of one call. A call that is smaller in any respect, on a device with fewer multiprocessors, never needs more.
 std::size_t workspace_bytes(const l4_attention& attention, const l4_attention_shape& shape, int multiprocessors);
 Status enqueue(Launcher& launcher, const l4_attention& attention, const l4_attention_shape& shape,

@@ -1,7 +1,5 @@
 #include "plugin.h"
 
-#include <algorithm>
-
 #include "../moe/launch.h"
 
 namespace l4convert {
@@ -42,22 +40,7 @@ class LongContextAttention final : public Op {
 
   int aliased_input(int output) const override { return output == 1 ? 3 : output == 2 ? 4 : -1; }
 
-  Status check(const Sizes& sizes) const override {
-    const std::int64_t new_tokens = sizes['S'], seen = sizes['T'], chunk = attention_.chunk_size;
-    if (new_tokens > seen) {
-      return std::to_string(new_tokens) + " new tokens, but positions of " + std::to_string(seen) + " only";
-    }
-    // A position is below the number of columns; positions of chunked layers are taken modulo the chunk.
-    const std::int64_t rows = chunk > 0 ? std::min(chunk, seen) : seen;
-    if (sizes['M'] < rows) {
-      return "caches of " + std::to_string(sizes['M']) + " slots; " + std::to_string(rows) + " are needed for " +
-             std::to_string(seen) + " positions";
-    }
-    if (attention_.rope && sizes['R'] < rows) {
-      return "rotary tables of " + std::to_string(sizes['R']) + " rows; " + std::to_string(rows) + " are needed";
-    }
-    return {};
-  }
+  Status check(const Sizes& sizes) const override { return l4convert::check(attention_, shape_of(sizes)); }
 
   std::size_t workspace(const Sizes& most, int multiprocessors) const override {
     return workspace_bytes(attention_, shape_of(most), multiprocessors);
@@ -65,7 +48,6 @@ class LongContextAttention final : public Op {
 
   Status enqueue(Launcher& launcher, const Sizes& sizes, const void* const* inputs, void* const* outputs,
                  void* workspace) const override {
-    if (sizes['B'] == 0 || sizes['S'] == 0) return {};
     const void* const* next = inputs + 6;
     auto take = [&](bool given) { return given ? *next++ : nullptr; };
     l4_attention_buffers buffers = {};

@@ -210,20 +210,21 @@ class Call {
   std::int64_t tile_ = 0, slots_ = 0;
 };
 
-Status check_block(const char* name, std::int32_t block) {
-  if (block == 32 || block == 64 || block == 128) return {};
-  return std::string(name) + " is " + std::to_string(block) + "; the kernels take 32, 64 and 128";
+Status check_size(const char* name, std::int32_t size) {
+  if (size >= kGroup && size % kGroup == 0) return {};
+  return std::string(name) + " is " + std::to_string(size) + "; the kernels take multiples of 64";
 }
 
-Status check_size(const char* name, std::int32_t size, std::int32_t block) {
-  if (size < kGroup || size % kGroup != 0) {
-    return std::string(name) + " is " + std::to_string(size) + "; the kernels take multiples of 64";
+// The weights along K, which has `size`, that share a scale. Other weights than INT4 have none (0) or all of K.
+Status check_block(const char* name, std::int32_t block, const char* size_name, std::int32_t size, bool int4) {
+  const std::string number = std::to_string(block);
+  if (!int4 && (block == 0 || block == size)) return {};
+  if (!int4) return std::string(name) + " is " + number + ", but only INT4 weights have scales for blocks";
+  if (block != 32 && block != 64 && block != 128) {
+    return std::string(name) + " is " + number + "; the kernels take 32, 64 and 128";
   }
-  if (block > 0 && size % block != 0) {
-    return std::string(name) + " is " + std::to_string(size) + ", which blocks of " + std::to_string(block) +
-           " do not divide";
-  }
-  return {};
+  if (size % block == 0) return {};
+  return std::string(size_name) + " is " + std::to_string(size) + ", which blocks of " + number + " do not divide";
 }
 
 Status check_buffers(const l4_moe& moe, const l4_moe_buffers& buffers) {
@@ -261,24 +262,30 @@ Status check(const l4_moe& moe) {
     return "top_k is " + std::to_string(moe.top_k) + " of " + std::to_string(moe.num_experts) + " experts";
   }
   const bool int4 = moe.weights == L4_WEIGHTS_INT4;
-  Status status = int4 ? check_block("gate_up_block", moe.gate_up_block) : Status();
-  if (status.empty() && int4) status = check_block("down_block", moe.down_block);
-  if (status.empty()) status = check_size("hidden_size", moe.hidden_size, int4 ? moe.gate_up_block : 0);
-  if (status.empty()) status = check_size("intermediate_size", moe.intermediate_size, int4 ? moe.down_block : 0);
+  Status status = check_size("hidden_size", moe.hidden_size);
+  if (status.empty()) status = check_size("intermediate_size", moe.intermediate_size);
+  if (status.empty()) status = check_block("gate_up_block", moe.gate_up_block, "hidden_size", moe.hidden_size, int4);
+  if (status.empty()) {
+    status = check_block("down_block", moe.down_block, "intermediate_size", moe.intermediate_size, int4);
+  }
   const std::int64_t weights_of_an_expert = 2 * std::int64_t{moe.hidden_size} * moe.intermediate_size;
   if (status.empty() && weights_of_an_expert > INT32_MAX) return "an expert's gate_up has more than 2^31 weights";
   return status;
 }
 
+Status check(const l4_moe& moe, std::int64_t tokens) {
+  const Status status = check(moe);
+  if (!status.empty() || (tokens >= 0 && tokens <= kMaxRows / moe.top_k)) return status;
+  return "cannot take " + std::to_string(tokens) + " tokens at once";
+}
+
 std::size_t workspace_bytes(const l4_moe& moe, std::int64_t tokens) {
-  return layout(moe, std::max<std::int64_t>(tokens, 0)).bytes;
+  return layout(moe, std::clamp<std::int64_t>(tokens, 0, kMaxRows / moe.top_k)).bytes;
 }
 
 Status enqueue(Launcher& launcher, const l4_moe& moe, std::int64_t tokens, const l4_moe_buffers& buffers) {
-  Status status = check(moe);
-  if (!status.empty()) return status;
-  if (tokens < 0 || rows_of(moe, tokens) > kMaxRows) return "cannot take " + std::to_string(tokens) + " tokens at once";
-  if (tokens == 0) return {};
+  Status status = check(moe, tokens);
+  if (!status.empty() || tokens == 0) return status;
   if (is_fp8(moe) && launcher.sm() < 89) return "FP8 needs a GPU of SM 8.9 or later";
   status = check_buffers(moe, buffers);
   return status.empty() ? Call(launcher, moe, tokens, buffers).run() : status;

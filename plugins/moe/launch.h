@@ -25,7 +25,10 @@ struct l4_moe_buffers {
 
 namespace l4convert {
 
+// Whether the kernels can do such a call at all, on any device; and one of so many tokens.
 Status check(const l4_moe& moe);
+Status check(const l4_moe& moe, std::int64_t tokens);
+// Of one call of that many tokens or fewer; of the largest call that there can be, where that is less.
 std::size_t workspace_bytes(const l4_moe& moe, std::int64_t tokens);
 Status enqueue(Launcher& launcher, const l4_moe& moe, std::int64_t tokens, const l4_moe_buffers& buffers);
 

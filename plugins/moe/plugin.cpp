@@ -20,11 +20,12 @@ class MoE final : public Op {
     outputs_ = {{"y", compute, {free('T'), fixed(hidden)}}};
   }
 
+  Status check(const Sizes& sizes) const override { return l4convert::check(moe_, sizes['T']); }
+
   std::size_t workspace(const Sizes& most, int) const override { return workspace_bytes(moe_, most['T']); }
 
   Status enqueue(Launcher& launcher, const Sizes& sizes, const void* const* inputs, void* const* outputs,
                  void* workspace) const override {
-    if (sizes['T'] == 0) return {};
     const bool packed = moe_.weights != L4_WEIGHTS_PLAIN;
     const l4_moe_buffers buffers = {inputs[0], inputs[1], inputs[2],  packed ? inputs[3] : nullptr,
                                     inputs[packed ? 4 : 3], packed ? inputs[5] : nullptr, outputs[0], workspace};

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -101,4 +102,14 @@ extern "C" const char* stand_in_create(const char* name) {
   auto* found = static_cast<nvinfer1::IPluginCreatorV3One*>(registry.getCreator(name, "1", ""));
   nvinfer1::PluginFieldCollection nothing{};
   return found->createPlugin("empty", &nothing, nvinfer1::TensorRTPhase::kBUILD) == nullptr ? logger.last.c_str() : "";
+}
+// The same so often, while another thread opens and closes `other` as often.
+extern "C" void stand_in_race(const char* other, int times) {
+  std::thread opener([&] {
+    for (int i = 0; i < times; ++i) {
+      if (void* handle = dlopen(other, RTLD_NOW | RTLD_LOCAL)) dlclose(handle);
+    }
+  });
+  for (int i = 0; i < times; ++i) stand_in_create("MoE");
+  opener.join();
 }

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from l4convert.plugins.library import native
 from tests.plugins.attention_cases import (
     CHUNKED,
     GLOBAL,
     Call,
     Result,
     Run,
+    attributes_of,
     cache_errors,
     expected,
     make_call,
@@ -200,6 +202,16 @@ def test_caches_that_are_not_written_in_place_are_copied_first(gpu):
     assert relative_error(got.attention, want.attention) <= BOUND["bfloat16"]
     np.testing.assert_array_equal(got.present_key, want.present_key)
     np.testing.assert_array_equal(got.present_value, want.present_value)
+
+
+def test_without_new_tokens_the_caches_are_copied_all_the_same(gpu):
+    past = np.arange(2 * 8 * 16).reshape(2, 1, 8, 16).astype(ml_dtypes.bfloat16)
+    given = {name: gpu.upload(past if name == "past_key" else -past) for name in ("past_key", "past_value")}
+    present = {f"present_{part}": gpu.empty(past.shape, past.dtype) for part in ("key", "value")}
+    gpu.attention(attributes_of(GLOBAL), native.AttentionShape(2, 0, 5, 8, 0), **given, **present)
+    np.testing.assert_array_equal(present["present_key"].numpy(), past)
+    np.testing.assert_array_equal(present["present_value"].numpy(), -past)
+    assert not gpu.launches
 
 
 def test_a_batch_gives_each_sequence_what_it_gives_alone(gpu):

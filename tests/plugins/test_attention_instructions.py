@@ -51,4 +51,4 @@ def test_prefill_keeps_the_tensor_cores_going(kv_dtype):
     assert count(loop, "HGMMA") == 16
     assert count(loop, "WARPGROUP.ARRIVE") == 2
     assert not count(loop, "LDL", "STL", "HMMA")
-    assert loop.total() <= {"none": 920, "fp8": 1020, "int8": 1270}[kv_dtype]  # measured 885, 989 and 1237
+    assert loop.total() <= {"none": 920, "fp8": 940, "int8": 1270}[kv_dtype]  # measured 885, 900 and 1230

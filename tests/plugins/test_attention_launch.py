@@ -168,6 +168,8 @@ def test_attributes_that_are_refused(interpreted_library, attributes, message):
 def test_shapes_that_are_refused(planner, call, message):
     with pytest.raises(DeviceError, match=f"^LongContextAttention: {message}$"):
         plan(planner, SCOUT, native.AttentionShape(*call))
+    with pytest.raises(DeviceError, match=message):
+        planner.library.attention_workspace(native.Attention(**SCOUT), native.AttentionShape(*call), 132)
     assert not planner.launches
 
 

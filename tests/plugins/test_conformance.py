@@ -145,7 +145,7 @@ def test_refusals_name_what_is_wrong(gpu: StandIn) -> None:
     for given, said in [
         (shapes[:-1], "has 7 inputs and 3 outputs; with these fields 8 and 3 are needed"),
         ([(1, 2, 96), *shapes[1:]], r"query \[1, 2, 96\]: dimension 2 is not 80"),
-        (short, "caches of 8 slots; 9 are needed for 9 positions"),
+        (short, "the cache has 8 slots, fewer than the 9 that 9 tokens may need"),
     ]:
         with pytest.raises(InputError, match=said):
             PluginCall(path, "LongContextAttention", attributes_of(spec), given)

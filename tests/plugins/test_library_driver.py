@@ -14,6 +14,7 @@ import pytest
 
 from l4convert.errors import DeviceError, InputError
 from l4convert.plugins.library import native
+from l4convert.plugins.library.support import missing_support
 from tests.plugins.conftest import DEMO
 from tests.plugins.interpreter import DeviceBuffer, Fault
 from tests.plugins.stand_in import StandIn
@@ -201,7 +202,8 @@ def test_a_kernel_is_loaded_once_in_every_context(make_gpu, driver):
     gpu.call(lambda: gpu.library.preload("demo"))
     assert driver.stand_in_modules() == before + 2  # demo_c64
     other = make_gpu()
-    other.call(lambda: other.library.preload("another op"))
+    with pytest.raises(DeviceError, match="the plugin library has no op another op"):
+        other.call(lambda: other.library.preload("another op"))
     assert driver.stand_in_modules() == before + 2
     other.call(lambda: other.library.preload("demo"))
     assert driver.stand_in_modules() == before + 4
@@ -235,9 +237,16 @@ def test_the_table_says_what_was_asked_for(demo_library):
     assert kernel.image % 64 == 0
 
 
-def test_what_is_no_library_is_refused(tmp_path):
+def test_what_is_no_library_is_refused(tmp_path, demo_library):
     with pytest.raises(InputError, match="no such file"):
         native.load(tmp_path / "absent.so")
-    (tmp_path / "text.so").write_text("not a library")
-    with pytest.raises(InputError, match="not a plugin library"):
-        native.load(tmp_path / "text.so")
+    whole = demo_library.path.read_bytes()
+    for content, reason in [
+        (b"not a library", "file too short"),
+        (b"not a library" * 9, "invalid ELF header"),
+        (whole[: len(whole) // 2], "it is cut off"),  # the loader would die of it
+    ]:
+        (tmp_path / "wrong.so").write_bytes(content)
+        for use in (native.load, lambda path: missing_support(path, "MoE", {}, 90)):
+            with pytest.raises(InputError, match=rf"not a plugin library of l4convert \(.*{reason}"):
+                use(tmp_path / "wrong.so")

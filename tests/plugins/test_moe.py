@@ -266,6 +266,8 @@ def test_the_layout_is_a_permutation_and_packs_as_it_says():
         ({"top_k": 5}, "top_k is 5 of 4 experts"),
         ({"gate_up_block": 16}, "gate_up_block is 16; the kernels take 32, 64 and 128"),
         ({"down_block": 256}, "down_block is 256; the kernels take 32, 64 and 128"),
+        ({"weights": 2}, "gate_up_block is 32, but only INT4 weights have scales for blocks"),
+        ({"weights": 2, "gate_up_block": 0, "down_block": 2**31 - 1}, "down_block is 2147483647, but only INT4"),
         ({"hidden_size": 96}, "hidden_size is 96; the kernels take multiples of 64"),
         ({"intermediate_size": 0}, "intermediate_size is 0; the kernels take multiples of 64"),
         ({"down_block": 128}, "intermediate_size is 64, which blocks of 128 do not divide"),
@@ -290,8 +292,11 @@ def test_calls_that_cannot_be_are_refused(make_gpu):
     call = Call.of(gpu, make_case("int4", 1, 2, 64, 64))
     with pytest.raises(DeviceError, match="down_scale is missing"):
         gpu.moe(call.case.struct, 1, **{**call.buffers, "down_scale": None})
-    with pytest.raises(DeviceError, match="cannot take -1 tokens"):
-        gpu.moe(call.case.struct, -1, **call.buffers)
+    for tokens in (-1, 2**24 + 1, 2**63 - 1):
+        with pytest.raises(DeviceError, match=f"cannot take {tokens} tokens"):
+            gpu.moe(call.case.struct, tokens, **call.buffers, workspace=call.buffers["y"])
+        with pytest.raises(DeviceError, match=f"cannot take {tokens} tokens"):
+            gpu.library.moe_workspace(call.case.struct, tokens)
     assert gpu.launches == []
 
 

@@ -19,6 +19,8 @@ trt = ctypes.CDLL(tensorrt) if tensorrt else None
 for way in ways.split(","):
     if way == "open":
         ctypes.CDLL(library)
+    elif way == "race":
+        trt.stand_in_race(library.replace("plugins.so", "conformance_core.so").encode(), 2000)
     else:
         print("loaded", trt.stand_in_load(library.encode()))
 if trt:
@@ -37,14 +39,16 @@ def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tensorrt") / "libnvinfer.so.10"
     source = Path(__file__).with_name("libnvinfer.cpp")
     headers = [f"-isystem{folder}" for folder in (tools.tensorrt_include, tools.cuda_include)]
-    command = [tools.compiler, "-std=c++17", "-O0", "-shared", "-fPIC", *headers, str(source), "-o", str(path), "-ldl"]
+    options = ["-std=c++17", "-O0", "-shared", "-fPIC", "-pthread", *headers]
+    command = [tools.compiler, *options, str(source), "-o", str(path), "-ldl"]
     subprocess.run(command, check=True)
     return path
 
 
 def _run(tensorrt: Path | None, library: native.Library, ways: str, said: str = "", **environment: str) -> list[str]:
     command = [sys.executable, "-c", SCRIPT, str(tensorrt or ""), str(library.path.resolve()), ways]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == said
     return done.stdout.splitlines()
@@ -63,6 +67,13 @@ def test_opened_beside_tensorrt_it_registers_itself_once(tensorrt: Path, interpr
 def test_opened_then_loaded_is_as_with_any_plugin(tensorrt: Path, interpreted_library: native.Library) -> None:
     """TensorRT refuses what is there already; the plugins stay."""
     assert _run(tensorrt, interpreted_library, "open,load") == ["loaded 0", "registered 2", SAID]
+
+
+def test_messages_do_not_wait_for_a_thread_that_opens_libraries(
+    tensorrt: Path, interpreted_library: native.Library
+) -> None:
+    """Looking for TensorRT's logger goes over all loaded objects; the lock of their list is not kept for a dlopen."""
+    assert _run(tensorrt, interpreted_library, "open,race") == ["registered 2", SAID]
 
 
 def test_it_can_be_told_not_to(tensorrt: Path, interpreted_library: native.Library) -> None:

@@ -44,5 +44,5 @@ def test_attention(interpreted_library: native.Library, multiprocessors: int) ->
         attention = native.Attention(
             kv_heads * group, kv_heads, head_dim, chunk, 1, 1e-5, 8192.0, 0.1, 0, native.KV_DTYPES[kind]
         )
-        shape = native.AttentionShape(batch, new, seen, seen, 8192)
+        shape = native.AttentionShape(batch, new, seen, seen, seen)
         assert call.bytes == interpreted_library.attention_workspace(attention, shape, multiprocessors), call

@@ -52,7 +52,7 @@ Case experts_case(const Experts& given) {
                   {"top_k", 0, "top_k"},             {"top_k", kExperts + 1, "top_k"},
                   {"num_experts", 0, "expert"},      {"hidden_size", -64, "hidden"},
                   {"activations", weights == "fp8" ? "" : "fp8", "FP8"}};
-  if (int4) made.refused.push_back({"gate_up_block", 48, "block"});
+  if (packed) made.refused.push_back({"gate_up_block", 48, "block"});
   if (packed) made.refused.push_back({"layout", 2, "layout"});
   return made;
 }

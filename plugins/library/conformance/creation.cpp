@@ -100,6 +100,7 @@ std::string malformed_fields(const Library& library, const Case& given) {
   static const std::int32_t number = 3;
   const Change changes[] = {
       {"unheard_of", [](Collection& c) { c.add("unheard_of", &number, PluginFieldType::kINT32, 1, 4); }},
+      {"un?heard", [](Collection& c) { c.add("un\nheard", &number, PluginFieldType::kINT32, 1, 4); }},
       {"twice", [](Collection& c) { c.fields.push_back(field_of(c, "compute")); }},
       {"no name", [](Collection& c) { field_of(c, "compute").name = nullptr; }},
       {"compute", [](Collection& c) { field_of(c, "compute").data = nullptr; }},

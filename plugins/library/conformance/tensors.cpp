@@ -56,6 +56,10 @@ std::string shapes(const Library& library, const Case& given) {
         return wanted.name + ": dimension " + std::to_string(axis) + " is " +
                (found == nullptr ? "none" : found->text()) + " instead of " + wanted.dims[axis];
       }
+      const auto alias = given.aliases.find(static_cast<int>(i));
+      if (alias != given.aliases.end() && found != inputs[static_cast<std::size_t>(alias->second)].d[axis]) {
+        return wanted.name + ": dimension " + std::to_string(axis) + " is not that of the cache it is written into";
+      }
     }
   }
   if (std::string wrong = refusal(library, ask(1) != 0, "shape inputs"); !wrong.empty()) return wrong;
