@@ -265,6 +265,23 @@ def test_what_does_not_match_is_left_alone_and_told(name, change, reason):
             assert op_counts(model)[op_type] == before[op_type]
 
 
+def test_attention_of_a_fixed_batch_is_found():
+    model = exported("eager")
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([1, "tokens"])
+    shape = ir.Value(name="heads", const_value=ir.tensor(np.asarray([1, 4, -1, 8]), name="heads"))  # as torch writes it
+    model.graph.initializers["heads"] = shape
+    repeated = [n for n in model.graph if n.op_type == "Reshape" and n.inputs[0].producer().op_type == "Expand"]
+    for node in repeated:
+        node.replace_input_with(1, shape)
+    fired = {report.name: report.fired for report in run_passes(model, *NAMES)}
+    assert (len(repeated), fired) == (4, {**fired, **FIRED})
+    given = {name: array[:1] for name, array in feeds(model, "holes").items()}
+    real = given["attention_mask"] > 0
+    wanted = run_proto((FOLDER / "eager.onnx").read_bytes(), given)[0][real]
+    assert relative_error(run_proto(snapshot(model), given)[0][real], wanted) <= 2e-6
+
+
 @pytest.mark.parametrize(
     ("attribute", "reason"),
     [

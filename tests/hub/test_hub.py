@@ -371,6 +371,13 @@ def test_other_formats_are_named(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "ckpt" / "consolidated.00.pth").write_bytes(b"PK")
     serve(tmp_path / "ckpt")
     assert_refused(lambda: open_checkpoint(CKPT), ["no safetensors", "hf download"])
+    (tmp_path / "ckpt" / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "ckpt" / "config.json").rename(tmp_path / "ckpt" / "adapter_config.json")
+    serve(tmp_path / "ckpt")
+    assert_refused(lambda: open_checkpoint(CKPT), ["an adapter", "--adapter"])
+    (tmp_path / "ckpt" / "adapter_config.json").unlink()
+    serve(tmp_path / "ckpt")
+    assert_refused(lambda: open_checkpoint(CKPT), ["no config.json"])
 
 
 def test_without_the_library_the_install_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ def open_folder(address: Address) -> Opened:
             return _cached(address, "the hub cannot be reached")
         except RemoteError:
             raise error from error.__cause__
+    _require_model(address, listing)
     small = [file.name for file in listing.files if file.name.endswith(_SMALL) and file.nbytes <= _SMALL_BYTES]
     folder = fetch(address, listing, small)
     remote = [
@@ -94,13 +95,20 @@ def open_folder(address: Address) -> Opened:
     ]
     name_folder(folder, str(listing.source))
     complete(folder, remote)
-    if not remote and not any(file.name.endswith(WEIGHTS) for file in listing.files):
-        raise RemoteError(
-            f"{address}: holds no safetensors files",
-            f"only those are read from the hub; `hf download {address.repo}`, and give the folder",
-        )
     _greet(remote)
     return Opened(folder, listing.source)
+
+
+def _require_model(address: Address, listing: Listing) -> None:
+    """See that a repository's root holds a model in a format that is read from the hub."""
+    names = {file.name for file in listing.files}
+    download = f"`hf download {address.repo}`, and give the folder"
+    if not any(name.endswith(WEIGHTS) for name in names):
+        raise RemoteError(f"{address}: holds no safetensors files", f"only those are read from the hub; {download}")
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise RemoteError(f"{address}: holds an adapter, no model", f"{download} to --adapter")
+    if "config.json" not in names:
+        raise RemoteError(f"{address}: holds no config.json", "look at the model's page for what it holds")
 
 
 def list_files(address: Address) -> Listing:
