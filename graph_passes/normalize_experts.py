@@ -190,7 +190,7 @@ def _routed_tokens(routed: ir.Value, scores: ir.Value, down: ir.Value) -> ir.Val
         raise Mismatch("tokens are not grouped by expert")
     repeated, factor = split_operands(made_by(peel(operand(reshape), "Cast"), "Mul"), "Tile")
     column = made_by(peel(factor, "Cast"), "Reshape")
-    if ints_of(column.inputs[1]) != [-1, 1]:
+    if (ints_of(column.inputs[1]) or [])[1:] != [1]:  # before it the number of rows, or -1
         raise Mismatch("scores are not one a row")
     turned = made_by(operand(column), "Transpose")
     require_perm(turned, [1, 0])
