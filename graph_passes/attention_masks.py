@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from l4convert.graph_passes.evaluating import Part
 from l4convert.graph_passes.matching import Mismatch
-from l4convert.graph_passes.reading import array_of, made_by, named, peel, scalar_of
+from l4convert.graph_passes.reading import array_of, made_by, named, peel, rows_of, scalar_of
 
 # The exponential of anything below, beside a score, is 0.
 _NOTHING = -1e4
@@ -66,7 +66,7 @@ def understand(added: ir.Value, has_past: bool) -> MaskForm:
     if len(sizes) > 1:
         raise Mismatch(f"places are divided by different numbers: {sorted(sizes)}")
     part.require_small_constants()
-    calls = list(_calls(has_past, mask is not None))
+    calls = list(_calls(has_past, mask is not None, rows_of((*part.shapes, *part.data))))
     evaluate = part.evaluator()
     tried = (3, 5) if sizes else (0,)
     seen = [
@@ -102,17 +102,17 @@ def _mask_input(part: Part) -> ir.Value | None:
     return first
 
 
-def _calls(has_past: bool, has_mask: bool) -> Iterator[_Call]:
+def _calls(has_past: bool, has_mask: bool, rows: int) -> Iterator[_Call]:
     """Calls that cross chunks of 3 and of 5 in every place; with padding in front, behind and in between."""
     rng = np.random.default_rng(0)
     for past, new in ((0, 1), (0, 17), *([(4, 1), (9, 8), (15, 2)] if has_past else [])):
-        ones = np.ones((2, past + new), np.int64)
+        ones = np.ones((rows, past + new), np.int64)
         yield _Call(ones, new)
         if not has_mask:
             continue
         for left in (1, 4, 7):
             padded = ones.copy()
-            padded[1, : min(left, past + new)] = 0
+            padded[-1, : min(left, past + new)] = 0
             yield _Call(padded, new)
         holes = (rng.random(ones.shape) < 0.7).astype(np.int64)
         holes[0, 0] = 1

@@ -19,14 +19,15 @@ from l4convert.graph_passes.reading import (
     operand,
     peel,
     require_perm,
+    rows_of,
     scalar_of,
     split_scalar,
 )
 
 # Exporters multiply query and key with the root of the scale each, rounded to their type: twice half of its last digit.
 _ROUNDED = {ir.DataType.BFLOAT16: 2.0**-8, ir.DataType.FLOAT16: 2.0**-11}
-# Sizes under which shapes are computed: each is told apart from the others and from sizes of a model's own.
-_BATCH, _PAST, _NEW = 2, 11, 7
+# Tokens for which shapes are computed: each is told apart from the others and from sizes of a model's own.
+_PAST, _NEW = 11, 7
 
 
 class Side(NamedTuple):
@@ -84,12 +85,12 @@ def match_attention(node: ir.Node) -> Found:
 
 def _operator(attention: ir.Node) -> _Heads:
     """Operands of ``Attention``, where it does no more than the nodes that it stands for."""
-    inputs = list(attention.inputs)
+    inputs = attention.inputs
     if len(inputs) < 4 or inputs[3] is None or any(x is not None for x in inputs[4:]):
         raise Mismatch("Attention has no mask, or caches of its own")
     for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads"):
-        if name in attention.attributes and attention.attributes[name].value:
-            raise Mismatch(f"Attention has {name}={attention.attributes[name].value}")
+        if (given := attention.attributes.get(name)) is not None and given.value:
+            raise Mismatch(f"Attention has {name}={given.value}")
     if any(output.uses() or output.is_graph_output() for output in attention.outputs[1:]):
         raise Mismatch("Attention gives more than its result")
     query, key, value, mask = (operand(attention, i) for i in range(4))
@@ -243,10 +244,12 @@ def _side(repeated: ir.Value) -> Side:
     new, past, present = _new_and_past(joined)
     total = _NEW + (_PAST if past is not None else 0)
     wide, flat = _target(expand), _target(reshape)
-    if len(wide) != 5 or [wide[0], wide[3]] != [_BATCH, total]:
+    rows = rows_of(reshape.graph.inputs if isinstance(reshape.graph, ir.Graph) else ())
+    if len(wide) != 5 or [wide[0], wide[3]] != [rows, total]:
         raise Mismatch(f"{named(expand.outputs[0])} does not repeat heads")
-    _, kv_heads, group, _, width = wide
-    if flat not in ([_BATCH, kv_heads * group, total, width], [_BATCH, -1, total, width]):
+    kv_heads, group, width = wide[1], wide[2], wide[4]
+    together = [rows, kv_heads * group, total, width]
+    if len(flat) != 4 or any(size not in (-1, known) for size, known in zip(flat, together, strict=True)):
         raise Mismatch(f"{named(repeated)} does not put repeated heads together")
     turned = made_by(new, "Transpose")
     require_perm(turned, [0, 2, 1, 3])
@@ -280,11 +283,12 @@ def _call_shape(value: ir.Value) -> list[int]:
     rank = len(value.shape) if value.shape is not None else 0
     if value.shape is None or rank not in (2, 3, 4):
         raise Mismatch(f"the shape of {named(value)} in a call is not known")
+    rows = rows_of(_graph_inputs(value))
     if rank == 4:
-        return [_BATCH, *(x if isinstance(x, int) else 1 for x in value.shape[1:2]), _PAST, *_last(value)]
+        return [rows, *(x if isinstance(x, int) else 1 for x in value.shape[1:2]), _PAST, *_last(value)]
     is_mask = rank == 2 and "mask" in (value.name or "")
     has_past = any(len(x.shape or ()) == 4 for x in _graph_inputs(value))
-    return [_BATCH, _NEW + (_PAST if is_mask and has_past else 0), *([1] if rank == 3 else [])]
+    return [rows, _NEW + (_PAST if is_mask and has_past else 0), *([1] if rank == 3 else [])]
 
 
 def _graph_inputs(value: ir.Value) -> list[ir.Value]:

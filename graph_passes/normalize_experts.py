@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from l4convert.frontend.builder import Builder
@@ -18,6 +19,7 @@ from l4convert.graph_passes.base import Outcome
 from l4convert.graph_passes.editing import clean_up, float_weight, replace_outputs
 from l4convert.graph_passes.matching import Mismatch
 from l4convert.graph_passes.reading import (
+    array_of,
     ints_of,
     is_made_by,
     made_by,
@@ -113,7 +115,8 @@ def _filler(value: ir.Value | None) -> float | None:
     """The number that a table is filled with."""
     node = value.producer() if value is not None else None
     if node is None:
-        return None
+        table = array_of(value)
+        return float(table.flat[0]) if table is not None and len(np.unique(table)) == 1 else None
     if node.op_type == "ConstantOfShape":
         given = node.attributes.get("value")
         return float(given.as_tensor().numpy().reshape(-1)[0]) if given is not None else 0.0
@@ -187,7 +190,7 @@ def _routed_tokens(routed: ir.Value, scores: ir.Value, down: ir.Value) -> ir.Val
         raise Mismatch("tokens are not grouped by expert")
     repeated, factor = split_operands(made_by(peel(operand(reshape), "Cast"), "Mul"), "Tile")
     column = made_by(peel(factor, "Cast"), "Reshape")
-    if ints_of(column.inputs[1]) != [-1, 1]:
+    if (ints_of(column.inputs[1]) or [])[1:] != [1]:  # before it the number of rows, or -1
         raise Mismatch("scores are not one a row")
     turned = made_by(operand(column), "Transpose")
     require_perm(turned, [1, 0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -100,6 +100,12 @@ def ints_of(value: ir.Value | None) -> list[int] | None:
     """The integers in a constant."""
     array = array_of(value)
     return [int(x) for x in array.reshape(-1)] if array is not None and array.dtype.kind in "iu" else None
+
+
+def rows_of(inputs: Iterable[ir.Value]) -> int:
+    """Rows of a batch to try a graph with: as many as its inputs are fixed to, else 2."""
+    fixed = (x.shape[0] for x in inputs if x.shape is not None and len(x.shape) > 0)
+    return next((size for size in fixed if isinstance(size, int)), 2)
 
 
 def split_operands(node: ir.Node, *op_types: str) -> tuple[ir.Value, ir.Value]:

@@ -180,6 +180,16 @@ def test_a_model_that_stays_at_its_opset_is_told_by_every_pass(tmp_path, capsys)
     assert result["verify"]["outputs"][0]["max_error"] == 0
 
 
+def test_a_mask_that_was_folded_into_a_constant_may_be_infinite(tmp_path, capsys):
+    model = onnx.load(FOLDER / "eager.onnx")
+    mask = np.triu(np.full((32, 32), -np.inf, np.float32), 1)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(mask, "folded"))
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["folded"], ["weights"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("weights", onnx.TensorProto.FLOAT, [32, 32]))
+    onnx.save(model, tmp_path / "model.onnx")
+    optimize(capsys, tmp_path / "model.onnx", tmp_path / "out", "--verify")
+
+
 def test_what_is_wrong_leaves_no_output(tmp_path, capsys):
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(b"no model")

@@ -27,6 +27,7 @@ from l4convert.errors import InputError
 
 CONFIG = "config.json"
 MODELOPT = "hf_quant_config.json"  # where ModelOpt says how it quantized
+ADAPTER = "adapter_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
@@ -55,6 +56,8 @@ def open_hf(path: Path) -> Checkpoint:
     Raises:
         InputError: Anything is missing, unexpected, of another shape or dtype, or not what it says it is.
     """
+    if (path / ADAPTER).exists() and not (path / CONFIG).exists():
+        raise InputError(f"{show(path)}: holds an adapter, no model", "give it with --adapter, beside its model")
     require_file(path / CONFIG, DOWNLOAD_HINT)
     config = read_config(path / CONFIG)
     index = path / INDEX

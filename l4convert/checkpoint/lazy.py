@@ -78,6 +78,11 @@ class LazyTensor(ir.TensorProtocol):
         return False
 
     @property
+    def may_be_infinite(self) -> bool:
+        """Whether infinity has a meaning in it, as in a mask; in a weight it has none."""
+        return False
+
+    @property
     def origin(self) -> str:
         """The first of them, as an error names it: "model-00001.safetensors: tensor 'a.weight'"."""
         name = f"tensor {(self.sources or (self.name or 'without a name',))[0]!r}"

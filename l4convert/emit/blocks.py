@@ -161,16 +161,17 @@ def check_finite(tensor: ir.TensorProtocol) -> None:
         InputError: Names the tensor and how many of its values are NaN or infinite.
     """
     if _is_weight(tensor):
-        raise_unless_finite(tensor, count_not_finite(tensor.tobytes(), tensor.dtype), tensor.size)
+        raise_unless_finite(tensor, count_not_finite(tensor.tobytes(), tensor.dtype, _infinite(tensor)), tensor.size)
 
 
-def count_not_finite(data: bytes | memoryview, dtype: ir.DataType) -> int:
-    """How many values among little-endian ``data`` are NaN or infinite; 0 for types that have neither."""
+def count_not_finite(data: bytes | memoryview, dtype: ir.DataType, infinite: bool = False) -> int:
+    """How many values among little-endian ``data`` are NaN or, unless they may be, ``infinite``; 0 without either."""
     if dtype in _RARE:
         return count_broken(np.frombuffer(data, dtype.numpy()))
     if dtype not in _NOT_FINITE:
         return 0
     storage, smallest = _NOT_FINITE[dtype]
+    smallest += infinite and dtype != ir.DataType.FLOAT8E4M3FN
     bits = np.frombuffer(data, storage)
     magnitude = np.iinfo(bits.dtype).max >> 1
     count = 0
@@ -183,12 +184,16 @@ def count_not_finite(data: bytes | memoryview, dtype: ir.DataType) -> int:
 
 def _check_piece(piece: Piece, data: bytes | memoryview) -> None:
     tensor = piece.planned.tensor
-    if _is_weight(tensor) and (count := count_not_finite(data, tensor.dtype)):
+    if _is_weight(tensor) and (count := count_not_finite(data, tensor.dtype, _infinite(tensor))):
         raise_unless_finite(tensor, count, len(data) * 8 // tensor.dtype.bitwidth)
 
 
 def _is_weight(tensor: ir.TensorProtocol) -> bool:
     return isinstance(tensor, LazyTensor) and bool(tensor.sources)
+
+
+def _infinite(tensor: ir.TensorProtocol) -> bool:
+    return isinstance(tensor, LazyTensor) and tensor.may_be_infinite
 
 
 def raise_unless_finite(tensor: ir.TensorProtocol, count: int, among: int) -> None:

@@ -56,6 +56,10 @@ class Leaf(LazyTensor):
     def files(self) -> tuple[Path, ...]:
         return (self._model,)
 
+    @property
+    def may_be_infinite(self) -> bool:
+        return True  # exporters fold masks of a fixed length into such constants
+
     @abstractmethod
     def _buffer(self) -> np.ndarray:
         """The bytes that hold it, uint8."""

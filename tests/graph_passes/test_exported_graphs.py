@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from l4convert.graph_passes import CANONICAL_PASSES, NORMALIZING_PASSES
+from l4convert.graph_passes.reading import ints_of
 from l4convert.onnx_in import open_onnx
 from tests.exports import FOLDER
 from tests.graphs import KEEP, op_counts, relative_error, run_passes, snapshot
@@ -263,6 +264,38 @@ def test_what_does_not_match_is_left_alone_and_told(name, change, reason):
     for op_type in {"TopK", "Softmax", "Sqrt", "Gemm"} & before.keys():
         if report.fired == 0:
             assert op_counts(model)[op_type] == before[op_type]
+
+
+def test_attention_of_a_fixed_batch_is_found():
+    model = exported("eager")
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([1, "tokens"])
+    shape = ir.Value(name="heads", const_value=ir.tensor(np.asarray([1, 4, -1, 8]), name="heads"))  # as torch writes it
+    model.graph.initializers["heads"] = shape
+    repeated = [n for n in model.graph if n.op_type == "Reshape" and n.inputs[0].producer().op_type == "Expand"]
+    for node in repeated:
+        node.replace_input_with(1, shape)
+    fired = {report.name: report.fired for report in run_passes(model, *NAMES)}
+    assert (len(repeated), fired) == (4, {**fired, **FIRED})
+    given = {name: array[:1] for name, array in feeds(model, "holes").items()}
+    real = given["attention_mask"] > 0
+    wanted = run_proto((FOLDER / "eager.onnx").read_bytes(), given)[0][real]
+    assert relative_error(run_proto(snapshot(model), given)[0][real], wanted) <= 2e-6
+
+
+def test_experts_of_a_fixed_number_of_tokens_are_found():
+    """torch folds the table of scores that are minus infinity, and counts its rows."""
+    model = exported("eager")
+    for node, index, array in (
+        (_by_type(model, "ScatterElements"), 0, np.full((42, 4), -np.inf, np.float32)),
+        (next(n for n in model.graph if n.op_type == "Reshape" and ints_of(n.inputs[1]) == [-1, 1]), 1, [168, 1]),
+    ):
+        stored = ir.Value(name=f"folded_{index}", const_value=ir.tensor(np.asarray(array), name=f"folded_{index}"))
+        model.graph.initializers[f"folded_{index}"] = stored
+        node.replace_input_with(index, stored)
+    fired = {report.name: report.fired for report in run_passes(model, *NAMES)}
+    assert fired == {**fired, **FIRED}
+    assert relative_error(run_proto(snapshot(model), feeds(model, "plain"))[0], expected("eager", "plain")[0]) <= 2e-6
 
 
 @pytest.mark.parametrize(

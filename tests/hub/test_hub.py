@@ -391,6 +391,13 @@ def test_other_formats_are_named(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "ckpt" / "pytorch_model.bin").write_bytes(b"PK")
     serve(tmp_path / "ckpt")
     assert_refused(lambda: open_checkpoint(CKPT), ["no weights", ".safetensors"])
+    (tmp_path / "ckpt" / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "ckpt" / "config.json").rename(tmp_path / "ckpt" / "adapter_config.json")
+    serve(tmp_path / "ckpt")
+    assert_refused(lambda: open_checkpoint(CKPT), ["an adapter", "--adapter"])
+    (tmp_path / "ckpt" / "adapter_config.json").unlink()
+    serve(tmp_path / "ckpt")
+    assert_refused(lambda: open_checkpoint(CKPT), ["config.json: no such file"])
 
 
 def test_metas_own_files_are_read_in_ranges(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
