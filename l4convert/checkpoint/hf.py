@@ -47,7 +47,7 @@ DOWNLOAD_HINT = "download the checkpoint again, or finish the download"
 
 def detect(path: Path) -> bool:
     """Whether a folder looks like a checkpoint of this format, whole or not."""
-    return (path / CONFIG).exists() or (path / INDEX).exists() or next(path.glob("*.safetensors"), None) is not None
+    return (path / CONFIG).exists() or (path / INDEX).exists() or bool(names_in(path, ".safetensors"))
 
 
 def open_hf(path: Path) -> Checkpoint:

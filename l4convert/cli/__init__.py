@@ -6,8 +6,10 @@ A command is imported when it is named, and what it needs when it runs, so that 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -106,5 +108,8 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of ``l4convert`` and ``python -m l4convert``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # as long as the process
     raise_on_signals()
     sys.exit(run())

@@ -16,6 +16,7 @@ from l4convert.errors import INSTALL, InputError, L4Error, UsageError, backend_m
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output (head, less) went away
 
+_NO_THREAD = "can't start new thread"  # CPython's threading: no memory for its stack, or too many processes
 # What the file system may refuse through no fault of ours.
 _REFUSALS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EISDIR, errno.ENOTDIR,
@@ -61,7 +62,7 @@ def _translate(error: BaseException) -> L4Error | None:
         return backend_missing(module) if module in INSTALL else None
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return InputError(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and str(error) == _NO_THREAD):
         return L4Error(f"out of memory: {error}" if str(error) else "out of memory")
     return None
 

@@ -22,7 +22,7 @@ from l4convert.errors import InputError
 # Nodes, attributes, values, dimensions, notes of exporters. A Scout that torch exported has about 250,000.
 MAX_MESSAGES = 600_000
 # Numbers, texts and messages; an array of numbers is one where it is packed, as those of tensors are.
-MAX_FIELDS = 4_000_000
+MAX_FIELDS = 3_000_000
 # Bytes of packed arrays of integers, each of which becomes one of up to eight bytes.
 MAX_PACKED_BYTES = 40_000_000
 # Branches of If, bodies of Loop and Scan.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 from xml.etree import ElementTree
 
+import onnx
 import pytest
 
 from l4convert import cli
@@ -163,6 +164,34 @@ def test_inspect_describes_an_artifact(capsys, artifact):
     text = capsys.readouterr().out
     assert "com.microsoft::QMoE" in text
     assert "... and 6 more caches" in text
+
+
+def _unknown_type(model: Any) -> None:
+    model.graph.initializer[0].data_type = 99
+
+
+def _name_for_a_terminal(model: Any) -> None:
+    model.graph.input[0].name = "\x1b[2Jx"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "code", "said"),
+    [
+        ("l4convert.json", lambda content: content.update(tool=1), 3, "tool must be an object"),
+        ("l4convert.json", lambda content: content.update(files=[]), 3, "files must be an object"),
+        ("l4convert.json", lambda content: content["files"].update({"config.json": {}}), 3, "bytes is missing"),
+        ("model.onnx", _unknown_type, 3, "data type 99"),
+        ("model.onnx", _name_for_a_terminal, 0, "\\x1b[2Jx"),
+    ],
+)
+def test_inspect_trusts_nothing_of_an_artifact(capsys, artifact, tmp_path, file, change, code, said):
+    shutil.copytree(artifact, tmp_path / "out")
+    path = tmp_path / "out" / file
+    content: Any = json.loads(path.read_text()) if file.endswith("json") else onnx.load(path, load_external_data=False)
+    change(content)
+    path.write_bytes(json.dumps(content).encode() if file.endswith("json") else content.SerializeToString())
+    assert cli.run(["inspect", str(tmp_path / "out")]) == code
+    assert said in "".join(capsys.readouterr())
 
 
 def test_convert_help_describes_every_recipe_and_cache(capsys):

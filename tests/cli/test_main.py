@@ -121,6 +121,18 @@ def test_a_missing_module_of_ours_is_a_defect(probe, capsys):
     assert "internal error" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_too_little_memory_is_not_a_defect(probe, capsys, error):
+    probe(raiser(error))
+    assert cli.run(["probe"]) == 1
+    assert capsys.readouterr().err.startswith("error: out of memory")
+
+
+def test_a_closed_output_is_not_a_defect():
+    command = f"exec {sys.executable} -m l4convert inspect absent >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 3
+
+
 def test_a_full_disk_is_not_a_defect(probe, capsys):
     probe(raiser(OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")))
     assert cli.run(["probe"]) == 3

@@ -29,6 +29,8 @@ import os, time
 _pwrite = os.pwrite
 def _slow(descriptor, data, offset):
     time.sleep(0.03)
+    while os.path.exists(os.environ["TEST_WRITES"] + ".held"):
+        time.sleep(0.02)
     with open(os.environ["TEST_WRITES"], "a") as log:
         log.write("x")
     return _pwrite(descriptor, data, offset)
@@ -43,6 +45,7 @@ class Node:
     def __init__(self, folder: Path, name: str, *options: str) -> None:
         self._writes = folder / f"writes-{name}"
         self._writes.touch()
+        self._held = folder / f"writes-{name}.held"
         environment = {
             **os.environ,
             **NO_USAGE,
@@ -66,6 +69,14 @@ class Node:
     def writes(self) -> int:
         """How many blocks of weights it has written."""
         return self._writes.stat().st_size
+
+    def hold(self) -> None:
+        """Let what it writes wait."""
+        self._held.touch()
+
+    def release(self) -> None:
+        """Let it go on."""
+        self._held.unlink()
 
     def lose(self) -> None:
         """Kill its raylet, as a machine that loses power."""
@@ -205,11 +216,15 @@ def test_a_machine_that_joined_and_is_lost(
     before = cluster.head.writes
     other = cluster.add("lost")
     _wait_for(other.started)
+    cluster.head.hold()
     run = _start(checkpoint, tmp_path / "out", cluster.address, "--jobs", "8")  # tasks of at most 6 jobs
     # A machine counts when it has ended a task, so it is lost in its third, or later.
-    _wait_for(lambda: min(other.writes, cluster.head.writes - before) > 12 or run.poll() is not None)
+    _wait_for(lambda: other.writes > 12)
+    other.hold()
+    cluster.head.release()
+    _wait_for(lambda: cluster.head.writes - before > 12)
     other.lose()
-    assert run.poll() is None, "the machine was lost too late"
+    assert run.poll() is None, "it did not need the machine any more"
     code, out, err = _finish(run)
     assert (code, err) == (0, "")
     assert json.loads(out)["machines"] == 2

@@ -86,8 +86,6 @@ def open_folder(address: Address) -> Opened:
             return _cached(address, "the hub cannot be reached")
         except RemoteError:
             raise error from error.__cause__
-    small = [file.name for file in listing.files if file.name.endswith(_SMALL) and file.nbytes <= _SMALL_BYTES]
-    folder = fetch(address, listing, small)
     kinds = [[file for file in listing.files if file.name.endswith(kind)] for kind in _WEIGHTS]
     weights = next(filter(None, kinds), None)
     if weights is None:
@@ -95,6 +93,10 @@ def open_folder(address: Address) -> Opened:
             f"{address}: holds no weights, neither {' nor '.join(kind[0] for kind in _WEIGHTS)} files",
             "of a repository, only the files that lie in no folder are read",
         )
+    small = [file.name for file in listing.files if file.name.endswith(_SMALL) and file.nbytes <= _SMALL_BYTES]
+    if not small:
+        raise RemoteError(f"{address}: holds no config.json", "look at the model's page for what it holds")
+    folder = fetch(address, listing, small)
     remote = [_remote(folder, listing.source, file) for file in weights if not (folder / file.name).exists()]
     name_folder(folder, str(listing.source))
     complete(folder, remote)
