@@ -114,6 +114,9 @@ def list_kernels(ctx: click.Context, library: Path, sm: int | None) -> None:
     from l4convert.plugins.library.native import load
 
     loaded = load(library)
+    sms = sorted({kernel.sm for kernel in loaded.kernels})
+    if sm not in (None, *sms):
+        raise UsageError(f"--sm {sm}: {library} has kernels for {', '.join(map(str, sms))}")
     kernels = [kernel for kernel in loaded.kernels if sm in (None, kernel.sm)]
     settings_of(ctx).emit("plugins.list", _list_payload(loaded, kernels), _list_text(loaded, kernels))
 

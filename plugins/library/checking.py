@@ -10,6 +10,7 @@ from typing import Any
 
 from l4convert.errors import InputError
 from l4convert.plugins.library.build import CONFORMANCE
+from l4convert.plugins.library.opening import require_whole
 
 
 def check_library(library: Path) -> dict[str, Any]:
@@ -19,10 +20,9 @@ def check_library(library: Path) -> dict[str, Any]:
         ``failed``, how many checks failed, and ``checks``: subject, name, ok and what is wrong.
 
     Raises:
-        InputError: There is no such library, no program beside it, or the program did not come to its end.
+        InputError: There is no whole library, no program beside it, or the program did not come to its end.
     """
-    if not library.is_file():
-        raise InputError(f"{library}: there is no such file", hint="l4convert plugins build makes it")
+    require_whole(library)
     program = library.resolve().parent / CONFORMANCE
     if not os.access(program, os.X_OK):
         raise InputError(

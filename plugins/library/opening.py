@@ -15,14 +15,23 @@ def open_library(path: Path) -> ctypes.CDLL:
     Raises:
         InputError: There is no such file, or it is no library, or not a whole one.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file", hint="l4convert plugins build makes it")
-    if _cut_off(path):
-        raise not_a_library(path, "it is cut off")
+    require_whole(path)
     try:
         return ctypes.CDLL(str(path.resolve()))
     except OSError as error:
         raise not_a_library(path, str(error)) from None
+
+
+def require_whole(path: Path) -> None:
+    """See that there is a library, and that no part of it is missing.
+
+    Raises:
+        InputError: There is no such file, or it is cut off.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file", hint="l4convert plugins build makes it")
+    if _cut_off(path):
+        raise not_a_library(path, "it is cut off")
 
 
 def not_a_library(path: Path, reason: str) -> InputError:

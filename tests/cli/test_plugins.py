@@ -72,6 +72,8 @@ def test_list_shows_what_is_in_a_library(capsys, built_library):
     for kernel in content["kernels"]:
         assert kernel["name"] in text
     assert cli.run(["plugins", "list", str(built_library.parent / "absent.so")]) == 3
+    assert cli.run(["plugins", "list", str(built_library), "--sm", "70"]) == 2
+    assert "has kernels for 80, 89, 90, 100, 120" in capsys.readouterr().err
 
 
 def test_check_reports_every_check_and_fails_with_4(capsys, tmp_path):
