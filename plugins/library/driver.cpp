@@ -102,7 +102,7 @@ struct DriverLauncher::Context {
     if (found == kernels.end()) {
       if (!any) return missing_sm(sm);
       return "the plugin library has no kernel " + name + " for SM " + std::to_string(sm) +
-             ": l4convert plugins build makes it with the options --sm and --head-dim that it needs";
+             ": l4convert plugins build makes it with the --sm, --compute and --head-dim that it needs";
     }
     Chosen& chosen = found->second;
     if (chosen.function == nullptr) {

@@ -26,7 +26,7 @@ class ProbeLauncher final : public Launcher {
   Status launch(const std::string& kernel, Grid, const std::vector<Argument>&) override {
     return has(kernel) ? Status()
                        : "the plugin library has no kernel " + kernel + " for SM " + std::to_string(sm_) +
-                             ": l4convert plugins build makes it with the options --sm and --head-dim that it needs";
+                             ": l4convert plugins build makes it with the --sm, --compute and --head-dim that it needs";
   }
   Status zero(void*, std::size_t) override { return {}; }
   Status copy(void*, const void*, std::size_t) override { return {}; }

@@ -213,7 +213,7 @@ class Call {
   Status missing(const std::string& kernel) const {
     return "the library has no kernel " + kernel + " for SM " + std::to_string(launcher_.sm()) +
            "; build one that has: l4convert plugins build --head-dim " + std::to_string(a_.head_dim) + " --sm " +
-           std::to_string(launcher_.sm());
+           std::to_string(launcher_.sm()) + " --compute " + (a_.compute == L4_BFLOAT16 ? "bf16" : "fp16");
   }
   Grid grid(std::int64_t x) const {
     return Grid{static_cast<std::uint32_t>(x), static_cast<std::uint32_t>(a_.kv_num_heads),

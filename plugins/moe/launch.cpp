@@ -126,7 +126,7 @@ class Call {
       const std::int64_t rows = launcher_.constant(kernel_name("gate_up", name), "TILE");
       if (rows == 0 || launcher_.constant(kernel_name("down", name), "TILE") != rows) {
         return "no kernel " + kernel_name("gate_up", name) + " for SM " + std::to_string(launcher_.sm()) +
-               ": l4convert plugins build --sm " + std::to_string(launcher_.sm());
+               ": l4convert plugins build --sm " + std::to_string(launcher_.sm()) + " --compute " + compute_name(moe_);
       }
       if (rows <= above) continue;  // on this GPU two classes are one
       classes_.push_back({name, above, rows});

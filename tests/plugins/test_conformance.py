@@ -162,7 +162,7 @@ def test_refusals_name_what_is_wrong(gpu: StandIn) -> None:
     [
         ({}, 90, None),
         ({}, 86, None),
-        ({"head_dim": 256}, 90, "d256 for SM 90.*plugins build.*--head-dim 256"),
+        ({"head_dim": 256}, 90, "d256 for SM 90.*plugins build.*--head-dim 256 .*--compute bf16"),
         ({}, 75, "SM 75"),
         ({"compute": "float32"}, 90, '"compute" is "float32", which the plugin does not know'),
         ({"kv_dtype": "int4"}, 90, '"kv_dtype" is "int4"'),
