@@ -189,7 +189,7 @@ def test_tables_and_scales_are_needed_only_where_they_are_used(planner):
 
 
 def test_a_head_dim_without_kernels_is_refused_with_the_command(planner):
-    with pytest.raises(DeviceError, match=r"l4convert plugins build --head-dim 256 --sm 90$"):
+    with pytest.raises(DeviceError, match=r"l4convert plugins build --head-dim 256 --sm 90 --compute bf16$"):
         plan(planner, {**FAR, "head_dim": 256}, shape(1, 1, 100))
 
 
